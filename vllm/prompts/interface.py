@@ -1,0 +1,165 @@
+"""What a caller asks to be spoken, what a voice is, and what a prompt builder makes of both.
+
+Plain values with numpy arrays: no tokenizer, no template and no torch here. The builders beside
+this file turn them into ids and audio slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm.exceptions import InvalidRequestError
+
+__all__ = ["BuiltPrompt", "PromptBuilder", "PromptClip", "SpeechPrompt", "SpokenTurn", "Voice"]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptClip:
+    """Reference audio in a prompt: codes, or samples that the engine will encode.
+
+    Exactly one of both is given. ``samples`` is float32 [num_frames * hop_length], mono, at the
+    codec's rate; ``codes`` is int16 [num_codebooks, num_frames] without delay.
+    """
+
+    num_frames: int
+    samples: NDArray[np.float32] | None = None
+    codes: NDArray[np.int16] | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.samples is None) != (self.codes is None), "give samples or codes"
+
+
+@dataclass(frozen=True, eq=False)
+class Voice:
+    """A voice: a reference clip with its transcript and/or a description of the scene."""
+
+    voice_id: str
+    name: str
+    language: str = "en"  # ISO 639-1
+    description: str = ""
+    transcript: str | None = None
+    clip: PromptClip | None = None
+    system_prompt: str | None = None  # replaces the whole system text
+    scene: str | None = None  # fills the scene block
+    is_default: bool = False
+    duration_s: float = 0.0  # of the clip
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class SpokenTurn:
+    """A text and the audio that speaks it: a reference, or an earlier part of a long text."""
+
+    text: str
+    clip: PromptClip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SpeechPrompt:
+    """One utterance to make: a text in a voice, or a finished prompt.
+
+    Args:
+        text: what is spoken.
+        voice: id or alias of a voice; None is the default voice.
+        language: ISO 639-1 code for sentence splitting; None takes the voice's.
+        instructions: how it is spoken; joins the voice's scene text.
+        system_prompt: replaces the whole system text, also the voice's.
+        ref_audio: clip to clone for this request only: bytes of an audio file, or float32
+            [num_samples], mono, at the codec's rate.
+        ref_text: transcript of ``ref_audio``; required with it.
+        normalize: rewrite punctuation, units and sound tags before speaking.
+        prompt_token_ids: a finished prompt instead of ``text``; it ends with the id that opens
+            audio output, and each clip has one placeholder id per delayed frame (T + K + 1).
+        prompt_codes: int [num_codebooks, T] for each clip of ``prompt_token_ids``, in order,
+            without delay.
+
+    Raises:
+        InvalidRequestError: fields are missing or exclude each other.
+    """
+
+    text: str | None = None
+    voice: str | None = None
+    language: str | None = None
+    instructions: str | None = None
+    system_prompt: str | None = None
+    ref_audio: bytes | NDArray[np.float32] | None = None
+    ref_text: str | None = None
+    normalize: bool = True
+    prompt_token_ids: Sequence[int] | None = None
+    prompt_codes: Sequence[NDArray[np.integer]] = ()
+
+    def __post_init__(self) -> None:
+        if self.prompt_token_ids is None:
+            self._check_text()
+            return
+        if self.text is not None:
+            raise InvalidRequestError(
+                "give either text or prompt_token_ids, not both", param="prompt_token_ids"
+            )
+
+    def _check_text(self) -> None:
+        if self.text is None or not self.text.strip():
+            raise InvalidRequestError("input is empty; give the text to speak", param="input")
+        if (self.ref_audio is None) != (self.ref_text is None):
+            missing = "ref_text" if self.ref_text is None else "ref_audio"
+            raise InvalidRequestError(
+                f"{missing} is missing; ref_audio and its transcript ref_text go together",
+                param=missing,
+            )
+
+    @property
+    def is_raw(self) -> bool:
+        """True when the caller built the prompt; guards that rest on the text are off then."""
+        return self.prompt_token_ids is not None
+
+
+@dataclass(frozen=True, eq=False)
+class BuiltPrompt:
+    """A prompt as the engine takes it.
+
+    ``token_ids`` is int32 [num_positions]; each clip in ``clips`` fills, in order, one run of
+    placeholder ids of its delayed length.
+    """
+
+    token_ids: NDArray[np.int32]
+    clips: tuple[PromptClip, ...] = ()
+
+    @property
+    def num_positions(self) -> int:
+        return int(self.token_ids.shape[0])
+
+
+class PromptBuilder(Protocol):
+    """Turns text and voice into positions, for one model family."""
+
+    def build(
+        self,
+        text: str,
+        voice: Voice,
+        *,
+        instructions: str | None = None,
+        system_prompt: str | None = None,
+        normalize: bool = True,
+        history: Sequence[SpokenTurn] = (),
+    ) -> BuiltPrompt:
+        """Prompt that speaks ``text``; ``history`` are earlier parts, oldest first."""
+        ...
+
+    def from_token_ids(
+        self, token_ids: Sequence[int], codes: Sequence[NDArray[np.integer]]
+    ) -> BuiltPrompt:
+        """Check a finished prompt.
+
+        Raises:
+            InvalidRequestError: an id is out of range, or runs and codes do not fit.
+        """
+        ...
+
+    def count_tokens(self, text: str) -> int:
+        """Number of text ids of ``text``."""
+        ...

@@ -1,0 +1,117 @@
+"""What crosses the border between the API side and the engine core, in either direction.
+
+Standard-library dataclasses; arrays travel as bytes, so that the IPC client can encode them
+without copying element by element. Knows nothing of sockets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.outputs import FinishReason
+from vllm.sampling_params import SamplingParams
+
+__all__ = [
+    "ClipData",
+    "EngineCoreOutput",
+    "EngineCoreOutputs",
+    "EngineCoreRequest",
+    "EngineInfo",
+    "RequestStats",
+    "SchedulerStats",
+]
+
+
+@dataclass(frozen=True)
+class ClipData:
+    """One clip of a prompt: int16 codes [num_codebooks, num_frames], or float32 samples."""
+
+    num_frames: int
+    codes: bytes | None = None
+    samples: bytes | None = None
+
+
+@dataclass(frozen=True)
+class EngineCoreRequest:
+    """One utterance, complete: the engine asks nothing back."""
+
+    request_id: str
+    prompt_token_ids: bytes  # int32 [num_prompt_positions]
+    sampling_params: SamplingParams
+    seed: int
+    frame_limit: int  # delayed frames, BOS frame and ramp included
+    limit_reason: FinishReason  # why the limit is where it is
+    clips: tuple[ClipData, ...] = ()
+    max_silence_frames: int | None = None
+    arrival_time: float = 0.0  # time.monotonic() of the machine
+    priority: int = 0  # smaller is sooner
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """Timings and counts that only the engine knows; sent with the last output."""
+
+    queue_time_s: float = 0.0
+    prefill_time_s: float = 0.0
+    decode_time_s: float = 0.0
+    num_cached_positions: int = 0
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True)
+class EngineCoreOutput:
+    """New audio of one request, or its end, or both."""
+
+    request_id: str
+    audio: bytes = b""  # float32 [num_samples]
+    codes: bytes = b""  # int16 [num_codebooks, num_frames], delay undone
+    delayed_codes: bytes = b""  # int16 [num_steps, num_codebooks]
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    stats: RequestStats | None = None  # with finish_reason only
+
+
+@dataclass(frozen=True)
+class SchedulerStats:
+    """State of the queues and the cache after a step."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_finishing: int = 0  # generated, audio still being decoded
+    kv_cache_usage: float = 0.0  # share of blocks in use
+    prefix_cache_queries: int = 0  # positions asked for, since start
+    prefix_cache_hits: int = 0  # positions found, since start
+    num_preemptions: int = 0  # since start
+
+
+@dataclass(frozen=True)
+class EngineCoreOutputs:
+    """Everything that one step has to say to the API side."""
+
+    outputs: tuple[EngineCoreOutput, ...] = ()
+    stats: SchedulerStats = field(default_factory=SchedulerStats)
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What the API side must know of a loaded engine; sent once, when it is ready."""
+
+    architecture: str
+    num_codebooks: int
+    sample_rate: int
+    hop_length: int
+    can_encode: bool  # False: the codec cannot encode reference clips
+    codec_fingerprint: str
+    max_model_len: int
+    max_num_seqs: int
+    num_kv_blocks: int
+    device: str
+    dtype: str
+    tokenizer_folder: str  # resolved on disk, for the API side's tokenizer
+    model_folder: str
+    embedded: bool = False  # the random or trained model that ships with the package
+
+    @property
+    def frame_rate(self) -> float:
+        """Audio frames per second."""
+        return self.sample_rate / self.hop_length
