@@ -204,7 +204,11 @@ def _download(repo_id: str, revision: str | None, cache_dir: Path | None) -> Pat
         raise CheckpointError(
             f"{repo_id!r} is no local folder, and downloading it needs the package huggingface_hub"
         ) from error
-    unreachable = (HfHubHTTPError, LocalEntryNotFoundError, *_network_errors())
+    unreachable: tuple[type[Exception], ...] = (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        *_network_errors(),
+    )
     if not envs.HF_HUB_OFFLINE:
         try:
             files = HfApi().list_repo_files(repo_id, revision=revision)
