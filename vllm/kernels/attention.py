@@ -1,0 +1,297 @@
+"""Paged attention for prefill and decode, equal in every bit whatever else is in the step.
+
+Keys are taken in tiles that start at fixed positions of their own sequence:
+
+    positions   0 ......... 63 | 64 ........ 127 | 128 ....
+    tile              0        |        1        |    2         partial results of each tile
+                      └────────┬────────┘             │
+                              0+1                     │         then a tree over tile numbers
+                               └───────────┬──────────┘
+
+Every matrix product has the shape of one tile, and a masked tile contributes exact zeros, so a
+longer neighbour, a chunk boundary or a prefix hit changes no bit. Knows no model and no request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm.kernels.cache import slots_of_positions
+
+__all__ = [
+    "KEY_TILE",
+    "AttentionMetadata",
+    "AttentionPlan",
+    "DecodeMetadata",
+    "PrefillMetadata",
+    "PrefillSequence",
+    "paged_attention",
+    "plan_attention",
+]
+
+KEY_TILE = 64  # positions
+_QUERY_TILE = 64  # rows of one sequence in a prefill
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeMetadata:
+    """One new position for each of B requests."""
+
+    slot_mapping: Tensor  # int64 [B], where the new position is stored
+    block_tables: Tensor  # int64 [B, max_blocks], unused entries 0
+    context_lens: Tensor  # int64 [B], positions including the new one
+    max_context_len: int  # on the host
+
+    @classmethod
+    def build(
+        cls, block_tables: Tensor, context_lens: Sequence[int], block_size: int
+    ) -> DecodeMetadata:
+        """Metadata from block tables [B, max_blocks] and lengths that include the new position."""
+        lens = torch.tensor(context_lens, dtype=torch.int64, device=block_tables.device)
+        last = (lens - 1).unsqueeze(1)
+        blocks = block_tables.gather(1, last // block_size)
+        return cls(
+            slot_mapping=(blocks * block_size + last % block_size).squeeze(1),
+            block_tables=block_tables,
+            context_lens=lens,
+            max_context_len=max(context_lens),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PrefillSequence:
+    """A run of positions ``start .. start + length - 1`` of one request.
+
+    Positions before ``start`` are in their pages already, from an earlier chunk or a shared prefix.
+    """
+
+    rows: Tensor  # int64 [length], rows of the step in position order
+    block_table: Tensor  # int64 [blocks], covers start + length positions
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class PrefillMetadata:
+    """Prompt positions of several requests, whose N rows may lie in any order."""
+
+    slot_mapping: Tensor  # int64 [N]
+    sequences: tuple[PrefillSequence, ...]
+
+    @classmethod
+    def build(cls, sequences: Sequence[PrefillSequence], block_size: int) -> PrefillMetadata:
+        """Metadata from sequences whose rows together are 0 .. N - 1."""
+        num_rows = sum(sequence.length for sequence in sequences)
+        slots = torch.zeros(num_rows, dtype=torch.int64, device=sequences[0].rows.device)
+        for each in sequences:
+            positions = torch.arange(each.start, each.start + each.length, device=slots.device)
+            slots[each.rows] = slots_of_positions(each.block_table, positions, block_size)
+        return cls(slot_mapping=slots, sequences=tuple(sequences))
+
+
+AttentionMetadata = DecodeMetadata | PrefillMetadata
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Queries that share their gathered keys: a decode batch, or one sequence of a prefill."""
+
+    rows: Tensor | None  # int64 [queries], None for all rows of the step in their order
+    key_rows: Tensor  # int64 [2 * S * tiles * num_kv_heads * KEY_TILE], see _key_rows
+    num_sequences: int  # S
+    num_tiles: int
+    # float32 [S, tiles, 1, queries or 1, 1, KEY_TILE], 0 or -inf; one per query tile
+    biases: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """Everything about a step's attention that all layers share, worked out once."""
+
+    slot_mapping: Tensor  # int64 [N]
+    parts: tuple[_Part, ...]
+
+
+def plan_attention(metadata: AttentionMetadata, cache: Tensor) -> AttentionPlan:
+    """Prepare a step from its metadata and any layer's cache."""
+    _, num_blocks, block_size, num_kv_heads, _ = cache.shape
+    geometry = _Geometry(num_blocks * block_size, block_size, num_kv_heads)
+    if isinstance(metadata, DecodeMetadata):
+        parts: tuple[_Part, ...] = (_plan_decode(metadata, geometry),)
+    else:
+        parts = tuple(_plan_sequence(each, geometry) for each in metadata.sequences)
+    return AttentionPlan(slot_mapping=metadata.slot_mapping, parts=parts)
+
+
+def paged_attention(query: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    """Attention of queries over the pages of their own sequences.
+
+    Args:
+        query: [N, num_heads, head_dim]; the step's keys are in the cache already.
+        cache: [2, num_blocks, block_size, num_kv_heads, head_dim].
+        plan: of this step.
+        scale: factor on the scores.
+
+    Returns:
+        [N, num_heads, head_dim]. Rows beyond those of the plan are padding and come back as zeros.
+    """
+    first = plan.parts[0]
+    if first.rows is None:
+        context = _attend_decode(query[: first.num_sequences], cache, first, scale)
+        missing = query.shape[0] - first.num_sequences
+        return F.pad(context, (0, 0, 0, 0, 0, missing)) if missing else context
+    output = torch.zeros_like(query)
+    for part in plan.parts:
+        assert part.rows is not None
+        output[part.rows] = _attend_sequence(query[part.rows], cache, part, scale)
+    return output
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    num_slots: int
+    block_size: int
+    num_kv_heads: int
+
+
+def _plan_decode(metadata: DecodeMetadata, geometry: _Geometry) -> _Part:
+    num_tiles = -(-metadata.max_context_len // KEY_TILE)
+    positions = torch.arange(num_tiles * KEY_TILE, device=metadata.block_tables.device)
+    is_visible = positions < metadata.context_lens.unsqueeze(1)
+    bias = _bias(is_visible)
+    return _Part(
+        rows=None,
+        key_rows=_key_rows(metadata.block_tables, is_visible, num_tiles, geometry),
+        num_sequences=is_visible.shape[0],
+        num_tiles=num_tiles,
+        biases=(bias.view(-1, num_tiles, 1, 1, 1, KEY_TILE),),
+    )
+
+
+def _plan_sequence(sequence: PrefillSequence, geometry: _Geometry) -> _Part:
+    end = sequence.start + sequence.length
+    num_tiles = -(-end // KEY_TILE)
+    positions = torch.arange(num_tiles * KEY_TILE, device=sequence.rows.device)
+    biases = []
+    for first in range(sequence.start, end, _QUERY_TILE):
+        # Rows that fill up the last query tile see what the last query sees, so none is empty.
+        queries = torch.arange(first, first + _QUERY_TILE, device=positions.device).clamp(
+            max=end - 1
+        )
+        tiles = -(-min(first + _QUERY_TILE, end) // KEY_TILE)
+        keys = positions[: tiles * KEY_TILE].view(1, tiles, 1, 1, 1, KEY_TILE)
+        biases.append(_bias(keys <= queries.view(1, 1, 1, _QUERY_TILE, 1, 1)))
+    return _Part(
+        rows=sequence.rows,
+        key_rows=_key_rows(
+            sequence.block_table.unsqueeze(0), (positions < end).unsqueeze(0), num_tiles, geometry
+        ),
+        num_sequences=1,
+        num_tiles=num_tiles,
+        biases=tuple(biases),
+    )
+
+
+def _bias(is_visible: Tensor) -> Tensor:
+    return torch.zeros(is_visible.shape, device=is_visible.device).masked_fill_(
+        ~is_visible, float("-inf")
+    )
+
+
+def _key_rows(
+    block_tables: Tensor, is_visible: Tensor, num_tiles: int, geometry: _Geometry
+) -> Tensor:
+    """Rows of the cache, seen as [2 * slots * kv_heads, D], that gather to whole tiles.
+
+    Their order is [key or value, sequence, tile, kv head, position in tile], so that a gather
+    gives operands of matrix products without a transpose. An invisible position takes the rows of
+    position 0: it is masked, but what it reads must be a number, and an unwritten page may not be.
+    """
+    size = geometry.block_size
+    positions = torch.arange(num_tiles * KEY_TILE, device=block_tables.device)
+    blocks = (positions // size).clamp(max=block_tables.shape[1] - 1)
+    slots = block_tables[:, blocks] * size + positions % size
+    slots = torch.where(is_visible, slots, block_tables[:, :1] * size)
+    heads = torch.arange(geometry.num_kv_heads, device=slots.device)
+    tiled = slots.view(-1, num_tiles, 1, KEY_TILE)
+    keys = (tiled * geometry.num_kv_heads + heads.view(1, 1, -1, 1)).flatten()
+    return torch.cat([keys, keys + geometry.num_slots * geometry.num_kv_heads])
+
+
+def _gather(cache: Tensor, part: _Part) -> Tensor:
+    """Keys and values of a part: [2, S, tiles, num_kv_heads, KEY_TILE, head_dim]."""
+    num_kv_heads, head_dim = cache.shape[-2:]
+    rows = cache.view(-1, head_dim).index_select(0, part.key_rows)
+    return rows.view(2, part.num_sequences, part.num_tiles, num_kv_heads, KEY_TILE, head_dim)
+
+
+def _attend_decode(query: Tensor, cache: Tensor, part: _Part, scale: float) -> Tensor:
+    keys, values = _gather(cache, part)
+    num_kv_heads, head_dim = cache.shape[-2:]
+    grouped = query.reshape(part.num_sequences, num_kv_heads, -1, head_dim)
+    context = _attend_tiles(grouped, keys, values, part.biases[0], scale)
+    return context.reshape(query.shape)
+
+
+def _attend_sequence(query: Tensor, cache: Tensor, part: _Part, scale: float) -> Tensor:
+    keys, values = _gather(cache, part)
+    num_kv_heads, head_dim = cache.shape[-2:]
+    num_queries, num_heads, _ = query.shape
+    missing = -num_queries % _QUERY_TILE
+    padded = F.pad(query, (0, 0, 0, 0, 0, missing))
+    contexts = []
+    for tile, bias in zip(torch.split(padded, _QUERY_TILE), part.biases, strict=True):
+        num_tiles = bias.shape[1]
+        grouped = tile.view(_QUERY_TILE, num_kv_heads, -1, head_dim).transpose(0, 1)
+        flat = grouped.reshape(1, num_kv_heads, -1, head_dim)
+        context = _attend_tiles(flat, keys[:, :num_tiles], values[:, :num_tiles], bias, scale)
+        by_query = context.view(num_kv_heads, _QUERY_TILE, -1, head_dim).transpose(0, 1)
+        contexts.append(by_query.reshape(_QUERY_TILE, num_heads, head_dim))
+    return torch.cat(contexts)[:num_queries]
+
+
+def _attend_tiles(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float
+) -> Tensor:
+    """Softmax attention over key tiles.
+
+    Args:
+        query: [S, num_kv_heads, R, head_dim], R rows that share a KV head.
+        keys, values: [S, tiles, num_kv_heads, KEY_TILE, head_dim].
+        bias: [S, tiles, 1, queries or 1, 1, KEY_TILE]; a query has R / queries rows.
+
+    Returns:
+        [S, num_kv_heads, R, head_dim] in the query's number type.
+    """
+    num_seqs, num_tiles, num_heads, _, head_dim = keys.shape
+    num_rows = query.shape[2]
+    shape = (num_seqs, num_tiles, num_heads, num_rows)
+    repeated = query.unsqueeze(1).expand(*shape, head_dim).reshape(-1, num_rows, head_dim)
+    scores = torch.bmm(repeated, keys.reshape(-1, KEY_TILE, head_dim).transpose(1, 2))
+    num_queries = bias.shape[3]
+    by_query = scores.view(num_seqs, num_tiles, num_heads, num_queries, -1, KEY_TILE)
+    scores = torch.add(bias, by_query, alpha=scale).view(*shape, KEY_TILE)
+    # The maximum is exact in any order, so one of all tiles serves where a running one would not.
+    weights = scores.sub_(scores.amax(dim=(1, 4), keepdim=True)).exp_()
+    totals = _sum_tiles(weights.sum(dim=-1, keepdim=True))
+    partial = torch.bmm(
+        weights.view(-1, num_rows, KEY_TILE).to(values.dtype),
+        values.reshape(-1, KEY_TILE, head_dim),
+    )
+    context = _sum_tiles(partial.float().view(*shape, head_dim)) / totals
+    return context.to(query.dtype)
+
+
+def _sum_tiles(partial: Tensor) -> Tensor:
+    """Sum over dim 1 by a tree over tile numbers, in place; absent tiles count as zeros."""
+    step, num_tiles = 1, partial.shape[1]
+    while step < num_tiles:
+        right = partial[:, step :: 2 * step]
+        partial[:, :: 2 * step][:, : right.shape[1]].add_(right)
+        step *= 2
+    return partial[:, 0]

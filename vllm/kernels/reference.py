@@ -1,0 +1,46 @@
+"""Plain torch form of each elementwise or row-wise operation: the definition of correct.
+
+Knows shapes and number types, no layers. Every function treats rows alone: what one row gives
+never depends on the other rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["apply_rope", "rms_norm", "silu_mul"]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of the rows of ``x`` [..., H], times ``weight`` [H].
+
+    Statistics are float32; the normalised value is cast back before it meets the weight.
+    """
+    if x.dtype == torch.float32:
+        return _normalise(x, eps).mul_(weight)
+    return _normalise(x.float(), eps).to(x.dtype).mul_(weight)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` for gate and up side by side: [..., 2 * F] -> [..., F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def apply_rope(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotate the two halves of each head: [N, heads, D] with tables [N, 1, D].
+
+    ``signed_sin`` is the sine with its first half negated, so that the rotation is
+    ``x * cos + roll(x, D / 2) * signed_sin``.
+    """
+    half = x.shape[-1] // 2
+    return torch.addcmul(x * cos, x.roll(half, dims=-1), signed_sin)
+
+
+def _normalise(x: Tensor, eps: float) -> Tensor:
+    # The norm is one pass over the row where square and mean would be two.
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    mean_square = norm.square_().div_(x.shape[-1])
+    return x * mean_square.add_(eps).rsqrt_()

@@ -1,0 +1,65 @@
+"""Grouped-query self-attention over the paged KV cache.
+
+Owns the projections; pages and tiles are ``kernels.attention``'s.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vllm.kernels.attention import AttentionPlan, paged_attention
+from vllm.kernels.cache import write_kv
+from vllm.kernels.reference import apply_rope
+from vllm.model_executor.layers.linear import Linear, PackedLinear
+
+__all__ = ["SelfAttention"]
+
+
+class SelfAttention(nn.Module):
+    """Causal attention of ``num_heads`` queries over ``num_kv_heads`` keys and values."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        parts = {
+            "q_proj": num_heads * head_dim,
+            "k_proj": num_kv_heads * head_dim,
+            "v_proj": num_kv_heads * head_dim,
+        }
+        self.qkv = PackedLinear(hidden_size, parts, dtype)
+        self.output = Linear(num_heads * head_dim, hidden_size, dtype)
+        self._num_heads = num_heads
+        self._num_kv_heads = num_kv_heads
+        self._head_dim = head_dim
+        self._scale = head_dim**-0.5
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Tensor, plan: AttentionPlan
+    ) -> Tensor:
+        """Store this step's keys and values, then attend.
+
+        Args:
+            x: [N, hidden_size]; rows beyond the plan's are padding.
+            rotary: cosines and signed sines of the rows, each [N, 1, head_dim].
+            cache: of this layer, [2, num_blocks, block_size, num_kv_heads, head_dim].
+            plan: of this step.
+        """
+        num_rows = plan.slot_mapping.shape[0]
+        num_rotated = self._num_heads + self._num_kv_heads
+        heads = self.qkv(x).view(x.shape[0], -1, self._head_dim)
+        rotated = apply_rope(heads[:, :num_rotated], *rotary)
+        keys = rotated[:num_rows, self._num_heads :]
+        write_kv(cache, plan.slot_mapping, keys, heads[:num_rows, num_rotated:])
+        context = paged_attention(rotated[:, : self._num_heads], cache, plan, self._scale)
+        output: Tensor = self.output(context.flatten(1))
+        return output
+
+    def targets(self, prefix: str) -> dict[str, Tensor]:
+        return self.qkv.targets(prefix) | self.output.targets(f"{prefix}.o_proj")

@@ -1,0 +1,51 @@
+"""Linear maps without bias, alone or several side by side in one matrix.
+
+Owns the weights; how the product is made invariant to the batch is ``kernels.linear``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vllm.kernels.linear import linear
+
+__all__ = ["Linear", "PackedLinear"]
+
+
+class Linear(nn.Module):
+    """``y = x W^T`` with ``W`` [out_features, in_features]."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight = torch.empty(out_features, in_features, dtype=dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_features] -> [N, out_features]."""
+        return linear(x, self.weight)
+
+    def targets(self, prefix: str) -> dict[str, Tensor]:
+        return {f"{prefix}.weight": self.weight}
+
+
+class PackedLinear(Linear):
+    """Several linear maps of one input as one product, outputs side by side.
+
+    Args:
+        in_features: width of the input.
+        parts: checkpoint name of each map -> its output width, in output order.
+    """
+
+    def __init__(self, in_features: int, parts: Mapping[str, int], dtype: torch.dtype) -> None:
+        super().__init__(in_features, sum(parts.values()), dtype)
+        self._parts = dict(parts)
+
+    def targets(self, prefix: str) -> dict[str, Tensor]:
+        """Names below ``prefix``, the module that holds the maps in the checkpoint."""
+        views = torch.split(self.weight, list(self._parts.values()))
+        return {
+            f"{prefix}.{name}.weight": view for name, view in zip(self._parts, views, strict=True)
+        }

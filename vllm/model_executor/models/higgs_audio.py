@@ -1,0 +1,307 @@
+"""Higgs Audio v2: a decoder whose layers keep one feed-forward block for text, one for audio.
+
+Attention weights and the KV cache are shared by both kinds of position (specification §2). Knows
+both key layouts of the checkpoints; knows no sampling, delay pattern or request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vllm.checkpoint_config import CheckpointLayout, HiggsAudioConfig
+from vllm.exceptions import CheckpointError
+from vllm.forward_context import get_forward_context
+from vllm.kernels.attention import AttentionPlan, plan_attention
+from vllm.kernels.linear import pad_rows
+from vllm.model_executor.layers import (
+    CodebookEmbedding,
+    Embedding,
+    FeedForward,
+    Linear,
+    RMSNorm,
+    RotaryTable,
+    SelfAttention,
+)
+from vllm.model_executor.models.interface import ModelSpec
+from vllm.model_executor.weights import iter_tensors, load_strict
+
+__all__ = [
+    "HiggsAudioModel",
+    "boson_tensor_name",
+    "canonical_tensor_name",
+    "detect_key_layout",
+    "join_split_tensors",
+]
+
+_TEXT_HEAD = "text_lm_head.weight"
+_BOSON_HEADS = "audio_decoder_proj."
+_BOSON_AUDIO_EMBEDDING = "audio_codebook_embeddings.weight"
+_AUDIO_EMBEDDING = "model.embed_audio_tokens.embed_audio_tokens.weight"
+_BODY_PREFIXES = ("embed_tokens.", "layers.", "norm.")
+_IGNORED_PREFIXES = ("audio_tower.", "audio_encoder_proj.")
+_IGNORED_SUFFIXES = (
+    "rotary_emb.inv_freq",
+    "rotary_emb.original_inv_freq",
+    "audio_codebook_weights",
+    "audio_tokens_offsets",
+)
+# Training checkpoints may hold a tensor as two halves along its rows: half -> (whole, place).
+_SPLIT_TENSORS = {
+    "embed_tokens.embedding_": "embed_tokens.weight",
+    "audio_lm_head.linear_": "audio_lm_head.weight",
+    "text_lm_head.linear_": "text_lm_head.weight",
+}
+
+
+class HiggsAudioModel(nn.Module):
+    """The network of both published layouts; see ``interface.SpeechModel`` for the methods."""
+
+    def __init__(
+        self,
+        config: HiggsAudioConfig,
+        *,
+        dtype: torch.dtype,
+        max_model_len: int,
+        with_text_head: bool = False,
+    ) -> None:
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.config = config
+        self.spec = _spec(config, dtype, max_model_len)
+        self.text_embedding = Embedding(config.vocab_size, hidden_size, dtype)
+        self.audio_embedding = CodebookEmbedding(
+            config.num_codebooks, config.codebook_size, hidden_size, dtype
+        )
+        self.layers = nn.ModuleList(
+            _DualLayer(config, dtype) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(hidden_size, config.rms_norm_eps, dtype)
+        self.audio_head = Linear(hidden_size, config.num_codebooks * config.codebook_size, dtype)
+        self.text_head = Linear(hidden_size, config.vocab_size, dtype) if with_text_head else None
+        self.rotary = RotaryTable(
+            config.head_dim, max_model_len, config.rope_theta, config.rope_scaling, dtype
+        )
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_model_len: int,
+        with_text_head: bool,
+    ) -> HiggsAudioModel:
+        config = HiggsAudioConfig.from_folder(folder)
+        with torch.device(device):
+            model = cls(
+                config, dtype=dtype, max_model_len=max_model_len, with_text_head=with_text_head
+            )
+        model.load(iter_tensors(folder), source=str(folder))
+        return model.eval()
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]], *, source: str) -> None:
+        """Fill the weights from tensors in either key layout; raises CheckpointError."""
+
+        def rename(name: str) -> str | None:
+            canonical = canonical_tensor_name(name)
+            return None if canonical == _TEXT_HEAD and self.text_head is None else canonical
+
+        load_strict(self.targets(), join_split_tensors(tensors), source=source, rename=rename)
+
+    def targets(self) -> dict[str, Tensor]:
+        """Transformers name of each tensor -> the weight, or the view of one, that it fills."""
+        targets = self.text_embedding.targets("model.embed_tokens")
+        targets |= self.audio_embedding.targets("model.embed_audio_tokens.embed_audio_tokens")
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, _DualLayer)
+            targets |= layer.targets(f"model.layers.{index}")
+        targets |= self.norm.targets("model.norm")
+        targets |= self.audio_head.targets("audio_lm_head")
+        if self.text_head is not None:
+            targets |= self.text_head.targets("text_lm_head")
+        return targets
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        embedded: Tensor = self.text_embedding(ids)
+        return embedded
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        embedded: Tensor = self.audio_embedding(codes)
+        return embedded
+
+    def forward(self, hidden: Tensor, positions: Tensor, num_text_rows: int) -> Tensor:
+        context = get_forward_context()
+        plan = plan_attention(context.attn_metadata, context.kv_caches[0])
+        num_rows = hidden.shape[0]
+        # Padding once here spares every product below its own.
+        hidden = pad_rows(hidden)
+        num_padding = hidden.shape[0] - num_rows
+        if num_padding:
+            positions = torch.cat([positions, positions.new_zeros(num_padding)])
+        if num_text_rows == num_rows:
+            num_text_rows += num_padding
+        rotary = self.rotary(positions)
+        for layer, cache in zip(self.layers, context.kv_caches, strict=True):
+            hidden = layer(hidden, rotary, cache, plan, num_text_rows)
+        normed: Tensor = self.norm(hidden)
+        return normed[:num_rows]
+
+    def audio_logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.audio_head(hidden)
+        return logits.float().view(-1, self.spec.num_codebooks, self.spec.codebook_size)
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        if self.text_head is None:
+            raise RuntimeError("the model was loaded without its text head")
+        logits: Tensor = self.text_head(hidden)
+        return logits.float()
+
+    def matrices(self) -> Iterator[Tensor]:
+        """Weights [M, K] of all matrix products."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                yield module.weight
+
+
+class _DualLayer(nn.Module):
+    """One decoder layer: shared attention, and norms and feed-forward for text and for audio."""
+
+    def __init__(self, config: HiggsAudioConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.attention = SelfAttention(
+            size, config.num_attention_heads, config.num_key_value_heads, config.head_dim, dtype
+        )
+        self.text_input_norm = RMSNorm(size, eps, dtype)
+        self.text_post_norm = RMSNorm(size, eps, dtype)
+        self.text_ffn = FeedForward(size, config.intermediate_size, dtype)
+        self.audio_input_norm = RMSNorm(size, eps, dtype)
+        self.audio_post_norm = RMSNorm(size, eps, dtype)
+        self.audio_ffn = FeedForward(size, config.intermediate_size, dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: Tensor,
+        plan: AttentionPlan,
+        num_text_rows: int,
+    ) -> Tensor:
+        x = x + self.attention(self._normed(x, num_text_rows), rotary, cache, plan)
+        return x.add_(self._fed_forward(x, num_text_rows))
+
+    def _normed(self, x: Tensor, num_text_rows: int) -> Tensor:
+        if num_text_rows == 0:
+            normed: Tensor = self.audio_input_norm(x)
+        elif num_text_rows == x.shape[0]:
+            normed = self.text_input_norm(x)
+        else:
+            text, audio = x[:num_text_rows], x[num_text_rows:]
+            normed = torch.cat([self.text_input_norm(text), self.audio_input_norm(audio)])
+        return normed
+
+    def _fed_forward(self, x: Tensor, num_text_rows: int) -> Tensor:
+        if num_text_rows == 0:
+            fed: Tensor = self.audio_ffn(self.audio_post_norm(x))
+        elif num_text_rows == x.shape[0]:
+            fed = self.text_ffn(self.text_post_norm(x))
+        else:
+            text = self.text_ffn(self.text_post_norm(x[:num_text_rows]))
+            audio = self.audio_ffn(self.audio_post_norm(x[num_text_rows:]))
+            fed = torch.cat([text, audio])
+        return fed
+
+    def targets(self, prefix: str) -> dict[str, Tensor]:
+        return (
+            self.attention.targets(f"{prefix}.self_attn")
+            | self.text_ffn.targets(f"{prefix}.mlp")
+            | self.audio_ffn.targets(f"{prefix}.audio_mlp")
+            | self.text_input_norm.targets(f"{prefix}.input_layernorm")
+            | self.text_post_norm.targets(f"{prefix}.post_attention_layernorm")
+            | self.audio_input_norm.targets(f"{prefix}.audio_input_layernorm")
+            | self.audio_post_norm.targets(f"{prefix}.audio_post_attention_layernorm")
+        )
+
+
+def detect_key_layout(names: Iterable[str]) -> CheckpointLayout:
+    """Which key layout a checkpoint's tensors are in, whatever its configuration says."""
+    for name in names:
+        if name.startswith((_BOSON_AUDIO_EMBEDDING, _BOSON_HEADS)):
+            return "boson"
+        if name.startswith("model.embed_audio_tokens."):
+            return "transformers"
+    raise CheckpointError("the tensors are those of no Higgs Audio v2 model in either layout")
+
+
+def canonical_tensor_name(name: str) -> str | None:
+    """Transformers name of a tensor in either layout; None for one that is not used."""
+    if name.endswith(_IGNORED_SUFFIXES) or name.startswith(_IGNORED_PREFIXES):
+        return None
+    if name == _BOSON_AUDIO_EMBEDDING:
+        return _AUDIO_EMBEDDING
+    if name.startswith(_BODY_PREFIXES):
+        return f"model.{name}"
+    return name.removeprefix(_BOSON_HEADS)
+
+
+def boson_tensor_name(name: str) -> str:
+    """Original name of the tensor that the transformers layout calls ``name``."""
+    if name == _AUDIO_EMBEDDING:
+        return _BOSON_AUDIO_EMBEDDING
+    if name.endswith("_lm_head.weight"):
+        return f"{_BOSON_HEADS}{name}"
+    return name.removeprefix("model.")
+
+
+def join_split_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Put the frozen and trainable halves of training checkpoints together, frozen rows first.
+
+    A half whose other half never comes is passed on under its own name.
+    """
+    waiting: dict[str, tuple[str, str, Tensor]] = {}  # whole name -> half, its name, its rows
+    for name, tensor in tensors:
+        split = _split_tensor(name)
+        if split is None:
+            yield name, tensor
+            continue
+        whole, half = split
+        if whole not in waiting:
+            waiting[whole] = (half, name, tensor)
+            continue
+        other_half, _, other = waiting.pop(whole)
+        halves = {half: tensor, other_half: other}
+        yield whole, torch.cat([halves["frozen"], halves["trainable"]])
+    for _, name, tensor in waiting.values():
+        yield name, tensor
+
+
+def _split_tensor(name: str) -> tuple[str, str] | None:
+    for stem, whole in _SPLIT_TENSORS.items():
+        head, found, tail = name.partition(stem)
+        half = tail.removesuffix(".weight")
+        if found and half in ("frozen", "trainable"):
+            return head + whole, half
+    return None
+
+
+def _spec(config: HiggsAudioConfig, dtype: torch.dtype, max_model_len: int) -> ModelSpec:
+    return ModelSpec(
+        architecture=config.architecture,
+        layout=config.layout,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        num_codebooks=config.num_codebooks,
+        codebook_size=config.codebook_size,
+        stream_bos_id=config.stream_bos_id,
+        stream_eos_id=config.stream_eos_id,
+        dtype=dtype,
+        max_model_len=max_model_len,
+    )

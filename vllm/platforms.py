@@ -1,0 +1,89 @@
+"""CPU or CUDA, decided once: device, number type, memory figures and pinning.
+
+Knows the machine; deliberately knows no model and no request.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vllm.exceptions import ConfigError
+
+__all__ = ["MemoryFigures", "Platform", "resolve_dtype", "select_platform"]
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class MemoryFigures:
+    """Bytes of a device: all of it, and what a new allocation could still get."""
+
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Platform:
+    """The device that one engine process computes on."""
+
+    device: torch.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def pin_memory(self) -> bool:
+        """Whether host buffers should be pinned, so that copies run beside the computation."""
+        return self.is_cuda
+
+    @property
+    def default_dtype(self) -> torch.dtype:
+        """What ``dtype="auto"`` means here."""
+        return torch.bfloat16 if self.is_cuda else torch.float32
+
+    def memory(self) -> MemoryFigures:
+        """Memory now."""
+        if self.is_cuda:
+            free, total = torch.cuda.mem_get_info(self.device)
+            return MemoryFigures(total_bytes=total, free_bytes=free)
+        page = os.sysconf("SC_PAGE_SIZE")
+        return MemoryFigures(
+            total_bytes=page * os.sysconf("SC_PHYS_PAGES"),
+            free_bytes=page * os.sysconf("SC_AVPHYS_PAGES"),
+        )
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+
+def select_platform(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
+    """The platform for ``--device``; ConfigError when CUDA is asked for and absent."""
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {device!r} is none of auto, cpu, cuda")
+    use_cuda = has_cuda and device != "cpu"
+    return Platform(torch.device("cuda", 0) if use_cuda else torch.device("cpu"))
+
+
+def resolve_dtype(name: str, platform: Platform) -> torch.dtype:
+    """Number type for ``--dtype`` on a platform; ConfigError for a name that is none."""
+    if name == "auto":
+        return platform.default_dtype
+    if name not in _DTYPES:
+        raise ConfigError(f"--dtype {name!r} is none of auto, {', '.join(_DTYPES)}")
+    if name == "bfloat16" and platform.is_cuda and not torch.cuda.is_bf16_supported():
+        raise ConfigError("--dtype bfloat16: this card has none; use float16")
+    return _DTYPES[name]
