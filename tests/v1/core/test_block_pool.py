@@ -1,0 +1,109 @@
+"""Block pool: counts, order of reuse, and random operations against a plain rebuild."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm.v1.core import BlockPool
+
+
+def _cached(pool: BlockPool, *hashes: bytes) -> list[int]:
+    """Blocks with published content, given back."""
+    blocks = pool.allocate(len(hashes))
+    for block_id, block_hash in zip(blocks, hashes, strict=True):
+        pool.publish(block_id, block_hash)
+    pool.release(blocks)
+    return blocks
+
+
+def test_usage_counts_blocks_that_cannot_be_taken():
+    pool = BlockPool(4, enable_caching=True)
+    pool.allocate(3)
+    assert (pool.num_free, pool.usage) == (1, 0.75)
+
+
+def test_released_block_keeps_its_content_until_it_is_taken():
+    pool = BlockPool(2, enable_caching=True)
+    (block,) = _cached(pool, b"x")
+    assert pool.find(b"x") == block
+    pool.allocate(2)
+    assert pool.find(b"x") is None
+
+
+def test_blocks_without_content_are_taken_before_cached_ones():
+    pool = BlockPool(3, enable_caching=True)
+    _cached(pool, b"x")
+    plain = pool.allocate(2)
+    pool.release(plain)
+    assert set(pool.allocate(2)) == set(plain)
+    assert pool.find(b"x") is not None
+
+
+def test_least_recently_used_content_is_evicted_first():
+    pool = BlockPool(2, enable_caching=True)
+    _cached(pool, b"old")
+    _cached(pool, b"new")
+    hit = pool.find(b"old")
+    assert hit is not None
+    pool.share([hit])
+    pool.release([hit])
+    pool.allocate(1)
+    assert pool.find(b"old") == hit
+    assert pool.find(b"new") is None
+
+
+def test_end_of_a_prompt_is_evicted_before_its_beginning():
+    pool = BlockPool(3, enable_caching=True)
+    _cached(pool, b"1", b"12", b"123")
+    pool.allocate(1)
+    assert [pool.find(h) is not None for h in (b"1", b"12", b"123")] == [True, True, False]
+
+
+def test_shared_block_is_free_when_its_last_user_leaves():
+    pool = BlockPool(2, enable_caching=True)
+    (block,) = _cached(pool, b"x")
+    pool.share([block])
+    pool.share([block])
+    pool.release([block])
+    assert not pool.is_free(block)
+    pool.release([block])
+    assert pool.is_free(block)
+
+
+def test_equal_content_is_published_once():
+    pool = BlockPool(3, enable_caching=True)
+    first, second = pool.allocate(2)
+    pool.publish(first, b"x")
+    pool.publish(second, b"x")
+    assert pool.find(b"x") == first
+    pool.check_integrity([[first, second]])
+
+
+def test_integrity_check_notices_a_lost_block():
+    pool = BlockPool(2, enable_caching=True)
+    pool.allocate(1)
+    with pytest.raises(AssertionError, match="counted 1, used 0"):
+        pool.check_integrity([])
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=60))
+def test_random_operations_keep_the_pool_whole(operations):
+    pool = BlockPool(6, enable_caching=True)
+    tables: list[list[int]] = []
+    for kind, value in operations:
+        if kind == 0 and value <= pool.num_free:
+            tables.append(pool.allocate(value))
+        elif kind == 1 and tables:
+            pool.release(tables.pop(value % len(tables)))
+        elif kind == 2 and tables:
+            for block_id in tables[value % len(tables)]:
+                pool.publish(block_id, b"%d" % (block_id + value))
+        elif kind == 3 and (hit := pool.find(b"%d" % value)) is not None:
+            pool.share([hit])
+            tables.append([hit])
+        pool.check_integrity(tables)
+    for table in tables:
+        pool.release(table)
+    assert pool.num_free == 6
