@@ -53,9 +53,11 @@ class SchedulerOutput:
     """One step.
 
     ``new_blocks`` are appended to the request's block table before the step. ``swap_out`` copies
-    the listed blocks and the row's state to the host and frees the row; ``swap_in`` takes a new
-    row, restores its state and copies the pages into the listed blocks, which are then its whole
-    block table. Order within a step: finished, swap_out, swap_in, new, new_blocks, compute.
+    the listed blocks (those of its table that hold written positions) and the row's state to the
+    host and frees the row; ``swap_in`` takes a new row, restores its state and copies the pages
+    into the listed blocks, as many as were swapped out, which are then its whole block table
+    until ``new_blocks`` are appended.
+    Order within a step: finished, swap_out, swap_in, new, new_blocks, compute.
     """
 
     step_kind: StepKind
