@@ -1,0 +1,6 @@
+"""Sampling of all codebooks of all rows in one call."""
+
+from vllm.v1.sample.metadata import RowSettings, SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+
+__all__ = ["RowSettings", "Sampler", "SamplingMetadata"]
