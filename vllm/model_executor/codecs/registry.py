@@ -1,0 +1,54 @@
+"""Which class loads which codec checkpoint, imported only when asked for.
+
+Knows names in configuration files; sizes and tensors are each codec's own business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm.exceptions import CheckpointError
+from vllm.model_executor.weights import read_config
+
+if TYPE_CHECKING:
+    from vllm.model_executor.codecs.interface import Codec
+
+__all__ = ["load_codec"]
+
+# model_type -> (module, class)
+_CODECS: dict[str, tuple[str, str]] = {
+    "higgs_audio_v2_tokenizer": ("vllm.model_executor.codecs.higgs", "HiggsCodec"),
+}
+
+
+def load_codec(
+    folder: Path, *, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> Codec:
+    """Load the codec in a local folder.
+
+    Raises:
+        CheckpointError: the codec is of no known kind, or its tensors do not fit its sizes; the
+            message names every missing, surplus and misshapen one.
+    """
+    model_type = _model_type(read_config(folder), folder)
+    module_name, class_name = _CODECS[model_type]
+    codec_class = getattr(import_module(module_name), class_name)
+    codec: Codec = codec_class.from_folder(folder, device=device, dtype=dtype)
+    return codec
+
+
+def _model_type(config: Mapping[str, Any], folder: Path) -> str:
+    model_type = config.get("model_type")
+    if model_type in _CODECS:
+        return str(model_type)
+    # NOTE: the original layout names no type; these fields occur together in it alone.
+    if model_type is None and {"n_q", "bins", "ratios", "D"} <= config.keys():
+        return "higgs_audio_v2_tokenizer"
+    raise CheckpointError(
+        f"{folder} is no known codec: model_type={model_type!r}; known are {', '.join(_CODECS)}"
+    )

@@ -1,0 +1,85 @@
+"""Which frames to decode next so that a stream equals a one-shot decode, bit by bit.
+
+Pure arithmetic on frame counts; knows neither codes nor samples nor time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["DEFAULT_RAMP", "Window", "WindowPlan"]
+
+DEFAULT_RAMP = (4, 8, 16, 25)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Frames ``[start, stop)`` to decode, of which ``[emit_start, emit_stop)`` are kept.
+
+    start      emit_start        emit_stop      stop
+      |  context   |   new samples   |  context   |
+    """
+
+    start: int
+    stop: int
+    emit_start: int
+    emit_stop: int
+
+    @property
+    def num_frames(self) -> int:
+        """Length of the decode."""
+        return self.stop - self.start
+
+    @property
+    def num_emitted(self) -> int:
+        """Frames whose samples are new."""
+        return self.emit_stop - self.emit_start
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Chunk boundaries that grow by ``ramp`` (its last entry repeats), with exact context.
+
+    Where a chunk begins and ends depends on the request's own frame count alone, never on when
+    frames arrived: chunk i has fixed boundaries, its window reaches ``context`` frames further or
+    to the last frame of the stream, whichever comes first. A chunk is due once all of its window
+    exists, so early and late callers decode the same shapes and get the same bits.
+    """
+
+    context: int
+    ramp: tuple[int, ...] = DEFAULT_RAMP
+
+    def __post_init__(self) -> None:
+        if not self.ramp or min(self.ramp) < 1:
+            raise ValueError(f"ramp={self.ramp!r} must hold frame counts of 1 or more")
+        if self.context < 0:
+            raise ValueError(f"context={self.context} must be 0 or more frames")
+
+    def next_window(self, emitted: int, available: int, *, final: bool) -> Window | None:
+        """The window that continues after ``emitted`` frames, or None if none is due.
+
+        Args:
+            emitted: frames whose samples are out; the ``emit_stop`` of the window before, or 0.
+            available: frames that exist so far.
+            final: no more frames will come.
+        """
+        if final and emitted >= available:
+            return None
+        boundary = self._boundary_after(emitted)
+        if not final and available < boundary + self.context:
+            return None
+        return Window(
+            start=max(0, emitted - self.context),
+            stop=min(boundary + self.context, available),
+            emit_start=emitted,
+            emit_stop=min(boundary, available),
+        )
+
+    def _boundary_after(self, emitted: int) -> int:
+        boundary = 0
+        for size in self.ramp:
+            boundary += size
+            if boundary > emitted:
+                return boundary
+        steady = self.ramp[-1]
+        return boundary + ((emitted - boundary) // steady + 1) * steady
