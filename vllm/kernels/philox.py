@@ -47,22 +47,25 @@ def uniform(
     which, codebook, zero = _grid(tuple(purposes), num_codebooks, seed.device)
     shape = (len(purposes), len(seed), num_codebooks)
     counter = [word.expand(shape) for word in (step[:, None], codebook, which, zero)]
-    word = philox4x32(counter, (seed[:, None] & _MASK, (seed[:, None] >> 32) & _MASK))[0]
+    seed = seed[None, :, None]
+    word = philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))[0]
     return list(((word >> 8).float() * 2.0**-24).unbind())
 
 
 def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> Sequence[Tensor]:
     """Ten rounds over four counter words and two key words, each an int64 tensor below 2**32.
 
-    Counter words share one shape, to which the key words broadcast; four such words come back.
+    Counter words share one shape; key words have as many axes and broadcast to it. Four words of
+    that shape come back.
     """
     # Words 0 and 2 are multiplied, 3 and 1 are mixed in: two stacks, so that one op serves both.
     # int64 products wrap modulo 2**64, which leaves their bits right; the high word is masked
     # after the shift, and what lies above the low word is masked one round later.
-    dims = (1,) * counter[0].dim()
-    multiplier, keys = _round_constants(key[0].device)
-    keys = (torch.stack((key[1], key[0])) + keys.view(_NUM_ROUNDS, 2, *(1,) * key[0].dim())) & _MASK
-    multiplier = multiplier.view(2, *dims)
+    assert counter[0].dim() == key[0].dim(), "the stacks' first axis must line up"
+    ones = (1,) * counter[0].dim()
+    multiplier, weyl = _round_constants(key[0].device)
+    multiplier = multiplier.view(2, *ones)
+    keys = (torch.stack((key[1], key[0])) + weyl.view(_NUM_ROUNDS, 2, *ones)) & _MASK
     factors = torch.stack((counter[0], counter[2]))
     mixed = torch.stack((counter[3], counter[1]))
     for round_key in keys.unbind():
