@@ -1,0 +1,88 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm.model_executor.codecs import WindowPlan
+
+RAMPS = [(4, 8, 16, 25), (1,), (4,), (25,), (1, 2, 3), (100,)]
+
+
+def windows_of(plan, total, pushes):
+    """Windows that a stream sees whose frames arrive in ``pushes``, the last one final."""
+    windows, emitted, available = [], 0, 0
+    for index, size in enumerate(pushes):
+        available += size
+        final = index == len(pushes) - 1
+        while (window := plan.next_window(emitted, available, final=final)) is not None:
+            windows.append(window)
+            emitted = window.emit_stop
+    assert available == total
+    return windows
+
+
+def test_the_ramp_sets_the_chunks():
+    windows = windows_of(WindowPlan(10), 100, [100])
+    assert [window.num_emitted for window in windows] == [4, 8, 16, 25, 25, 22]
+    assert [(w.start, w.stop) for w in windows[:4]] == [(0, 14), (0, 22), (2, 38), (18, 63)]
+
+
+def test_a_chunk_is_due_with_its_context_and_not_before():
+    plan = WindowPlan(10)
+    assert plan.next_window(0, 13, final=False) is None
+    assert plan.next_window(0, 14, final=False).emit_stop == 4
+    assert plan.next_window(4, 21, final=False) is None
+    assert plan.next_window(4, 22, final=False).emit_stop == 12
+
+
+def test_nothing_is_left_after_the_last_frame():
+    plan = WindowPlan(10)
+    assert plan.next_window(0, 0, final=True) is None
+    assert plan.next_window(7, 7, final=True) is None
+
+
+@given(
+    pushes=st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    ramp=st.sampled_from(RAMPS),
+    context=st.sampled_from([0, 3, 10]),
+)
+def test_windows_do_not_depend_on_how_frames_arrive(pushes, ramp, context):
+    plan, total = WindowPlan(context, ramp), sum(pushes)
+    assert windows_of(plan, total, pushes) == windows_of(plan, total, [total])
+
+
+@given(total=st.integers(0, 400), ramp=st.sampled_from(RAMPS), context=st.sampled_from([0, 10]))
+def test_windows_cover_every_frame_once_with_full_context(total, ramp, context):
+    windows = windows_of(WindowPlan(context, ramp), total, [total])
+    emitted = [frame for w in windows for frame in range(w.emit_start, w.emit_stop)]
+    assert emitted == list(range(total))
+    for window in windows:
+        assert window.start == max(0, window.emit_start - context)
+        assert window.stop == min(
+            total, WindowPlan(context, ramp)._boundary_after(window.emit_start) + context
+        )
+        assert window.num_emitted > 0
+
+
+@pytest.mark.parametrize("ramp", RAMPS)
+@torch.inference_mode()
+def test_streamed_equals_one_shot(codec, ramp):
+    codes = torch.randint(0, 1024, (1, 8, 87), generator=torch.Generator().manual_seed(2))
+    pieces = []
+    for window in windows_of(WindowPlan(codec.context_frames, ramp), 87, [87]):
+        samples = codec.decode(codes[..., window.start : window.stop])
+        first = (window.emit_start - window.start) * 960
+        pieces.append(samples[:, first : first + window.num_emitted * 960])
+    torch.testing.assert_close(torch.cat(pieces, 1), codec.decode(codes), rtol=0, atol=1e-5)
+
+
+@settings(max_examples=5)
+@given(ramp=st.sampled_from([(), (0,), (4, -1)]))
+def test_a_ramp_without_progress_is_refused(ramp):
+    with pytest.raises(ValueError, match="ramp"):
+        WindowPlan(10, ramp)
+
+
+def test_negative_context_is_refused():
+    with pytest.raises(ValueError, match="context"):
+        WindowPlan(-1)
