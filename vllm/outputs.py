@@ -61,6 +61,8 @@ class SpeechStats:
     audio_duration_s: float = 0.0
     processing_time_s: float = 0.0  # from arrival to the last sample
     queue_time_s: float = 0.0  # from arrival to the first prefill step
+    prefill_time_s: float | None = None  # from there to the first frame
+    decode_time_s: float | None = None  # from the first frame to the last
     time_to_first_audio_s: float | None = None
     num_preemptions: int = 0
     num_parts: int = 1  # pieces that a long text was split into
@@ -95,6 +97,7 @@ class SpeechOutput:
     usage: Usage = field(default_factory=Usage)
     stats: SpeechStats = field(default_factory=SpeechStats)
     seed: int = 0  # the seed that was used, drawn at random when none was given
+    error: str | None = None  # what went wrong, with finish_reason "error"
 
     @property
     def finished(self) -> bool:

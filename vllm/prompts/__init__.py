@@ -9,6 +9,15 @@ from vllm.prompts.interface import (
     SpeechPrompt,
     SpokenTurn,
     Voice,
+    VoiceSource,
 )
 
-__all__ = ["BuiltPrompt", "PromptBuilder", "PromptClip", "SpeechPrompt", "SpokenTurn", "Voice"]
+__all__ = [
+    "BuiltPrompt",
+    "PromptBuilder",
+    "PromptClip",
+    "SpeechPrompt",
+    "SpokenTurn",
+    "Voice",
+    "VoiceSource",
+]

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from vllm.exceptions import InvalidRequestError
 
-__all__ = ["BuiltPrompt", "PromptBuilder", "PromptClip", "SpeechPrompt", "SpokenTurn", "Voice"]
+__all__ = [
+    "BuiltPrompt",
+    "PromptBuilder",
+    "PromptClip",
+    "SpeechPrompt",
+    "SpokenTurn",
+    "Voice",
+    "VoiceSource",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +130,16 @@ class SpeechPrompt:
 class BuiltPrompt:
     """A prompt as the engine takes it.
 
-    ``token_ids`` is int32 [num_positions]; each clip in ``clips`` fills, in order, one run of
-    placeholder ids of its delayed length.
+    ``token_ids`` is int32 [num_positions]; each clip in ``clips`` fills one run of placeholder
+    ids of its delayed length, which begins at the position of the same index in ``clip_starts``.
     """
 
     token_ids: NDArray[np.int32]
     clips: tuple[PromptClip, ...] = ()
+    clip_starts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert len(self.clips) == len(self.clip_starts), "each clip needs its start"
 
     @property
     def num_positions(self) -> int:
@@ -162,4 +174,16 @@ class PromptBuilder(Protocol):
 
     def count_tokens(self, text: str) -> int:
         """Number of text ids of ``text``."""
+        ...
+
+
+class VoiceSource(Protocol):
+    """Where voices come from."""
+
+    def resolve(self, voice: str | None) -> Voice:
+        """Voice of that id or alias; None is the default voice.
+
+        Raises:
+            UnknownVoiceError: there is none of that name; the message lists those there are.
+        """
         ...

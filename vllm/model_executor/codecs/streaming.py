@@ -75,6 +75,10 @@ class WindowPlan:
             emit_stop=min(boundary, available),
         )
 
+    def next_due(self, available: int) -> int:
+        """Frame count above ``available`` at which the next window becomes due."""
+        return self._boundary_after(max(available - self.context, 0)) + self.context
+
     def _boundary_after(self, emitted: int) -> int:
         boundary = 0
         for size in self.ramp:

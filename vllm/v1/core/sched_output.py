@@ -32,6 +32,7 @@ class NewRequestData:
     request_id: str
     prompt_token_ids: NDArray[np.int32]  # [num_prompt_positions]
     prompt_frames: NDArray[np.int16]  # [num_audio_positions, num_codebooks], delayed
+    audio_positions: NDArray[np.int64]  # [num_audio_positions], where these lie, rising
     sampling_params: SamplingParams
     seed: int
     frame_limit: int  # delayed frames after which the request ends

@@ -493,6 +493,7 @@ def _new_request_data(request: Request) -> NewRequestData:
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
         prompt_frames=request.prompt_frames,
+        audio_positions=request.audio_positions,
         sampling_params=request.sampling_params,
         seed=request.seed,
         frame_limit=request.frame_limit,

@@ -13,6 +13,7 @@ from vllm.sampling_params import SamplingParams
 
 __all__ = [
     "ClipData",
+    "EngineCoreCommand",
     "EngineCoreOutput",
     "EngineCoreOutputs",
     "EngineCoreRequest",
@@ -26,6 +27,7 @@ __all__ = [
 class ClipData:
     """One clip of a prompt: int16 codes [num_codebooks, num_frames], or float32 samples."""
 
+    start: int  # first prompt position of its delayed frames
     num_frames: int
     codes: bytes | None = None
     samples: bytes | None = None
@@ -45,6 +47,16 @@ class EngineCoreRequest:
     max_silence_frames: int | None = None
     arrival_time: float = 0.0  # time.monotonic() of the machine
     priority: int = 0  # smaller is sooner
+
+
+@dataclass(frozen=True)
+class EngineCoreCommand:
+    """The one message to the engine process; every field may be empty."""
+
+    add: tuple[EngineCoreRequest, ...] = ()
+    abort: tuple[str, ...] = ()  # request ids; unknown ones are ignored
+    abort_reason: FinishReason = FinishReason.ABORT
+    shutdown: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,14 +97,6 @@ class SchedulerStats:
 
 
 @dataclass(frozen=True)
-class EngineCoreOutputs:
-    """Everything that one step has to say to the API side."""
-
-    outputs: tuple[EngineCoreOutput, ...] = ()
-    stats: SchedulerStats = field(default_factory=SchedulerStats)
-
-
-@dataclass(frozen=True)
 class EngineInfo:
     """What the API side must know of a loaded engine; sent once, when it is ready."""
 
@@ -115,3 +119,13 @@ class EngineInfo:
     def frame_rate(self) -> float:
         """Audio frames per second."""
         return self.sample_rate / self.hop_length
+
+
+@dataclass(frozen=True)
+class EngineCoreOutputs:
+    """The one message from the engine process: what one step has to say."""
+
+    outputs: tuple[EngineCoreOutput, ...] = ()
+    stats: SchedulerStats = field(default_factory=SchedulerStats)
+    info: EngineInfo | None = None  # in the first message of a process that is ready
+    failure: str | None = None  # in the last message of a process that could not start or go on

@@ -20,44 +20,17 @@ from numpy.typing import NDArray
 from vllm.logger import get_logger
 from vllm.model_executor.codecs.clip_cache import ClipCache
 from vllm.model_executor.codecs.streaming import DEFAULT_RAMP, Window, WindowPlan
+from vllm.v1.outputs import AudioChunk, EncodedClip
 
 if TYPE_CHECKING:
     from vllm.model_executor.codecs.interface import Codec
 
-__all__ = ["AudioChunk", "CodecResults", "CodecRunner", "EncodedClip"]
+__all__ = ["CodecResults", "CodecRunner"]
 
 logger = get_logger(__name__)
 
 _SILENCE_MEAN_SQUARE = 1e-6  # -60 dBFS
 _MAX_CUDA_BATCH = 32
-
-
-@dataclass(frozen=True)
-class AudioChunk:
-    """The next samples of one request.
-
-    Attributes:
-        samples: float32 [num_frames * hop] in [-1, 1].
-        final: nothing follows.
-        cut_frame: set when the silence guard ended the request: frames kept of the whole.
-        error: set when decoding failed; then ``samples`` is empty and ``final`` is True.
-    """
-
-    request_id: str
-    samples: NDArray[np.float32]
-    num_frames: int
-    final: bool
-    cut_frame: int | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class EncodedClip:
-    """Codes int16 [K, T] of the clip queued as ``key``, or the reason why there are none."""
-
-    key: str
-    codes: NDArray[np.int16] | None
-    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +113,10 @@ class CodecRunner:
                 stream.append(frames, final=final)
                 self._queue_next(stream)
             self._changed.notify_all()
+
+    def next_due(self, num_frames: int) -> int:
+        """Frame count above ``num_frames`` at which a request's next window can be decoded."""
+        return self._plan.next_due(num_frames)
 
     def close(self, request_id: str) -> None:
         """Forget a request: queued work and unread chunks are dropped. Unknown ids are fine."""

@@ -1,7 +1,7 @@
 """Repetition aware sampling (RAS): codes that fill the recent past are drawn anew or masked.
 
 The window is one of delayed frames, per codebook, of generated frames only; BOS and EOS in it do
-not count. Rule: Higgs Audio v2 reference for ``"redraw"``; ``"block"`` is the plain ban that the
+not count. Rule: the published reference for ``"redraw"``; ``"block"`` is the plain ban that the
 fork's users know.
 """
 

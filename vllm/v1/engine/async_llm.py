@@ -1,0 +1,252 @@
+"""The engine for asyncio callers: many requests at once, each an iterator of audio increments.
+
+Owns the engine process and the tasks of all open requests. Loads no torch, and knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from itertools import count
+from typing import Generic, TypeVar
+
+from vllm.config import EngineConfig
+from vllm.exceptions import EngineDeadError, EngineError, HiggsAudioError
+from vllm.logger import get_logger
+from vllm.outputs import FinishReason, SpeechOutput
+from vllm.prompts import SpeechPrompt, VoiceSource
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.core_client import IpcClient
+from vllm.v1.engine.messages import EngineCoreOutput, EngineInfo, SchedulerStats
+from vllm.v1.engine.processor import Processor
+from vllm.v1.engine.speech_task import SpeechTask
+
+__all__ = ["AsyncLLM"]
+
+logger = get_logger(__name__)
+
+VoicesT = TypeVar("VoicesT", bound=VoiceSource)
+
+
+class _Stream:
+    """An open request: its task, and what its reader has not taken yet."""
+
+    def __init__(self, task: SpeechTask) -> None:
+        self.task = task
+        self._items: asyncio.Queue[SpeechOutput | HiggsAudioError] = asyncio.Queue()
+
+    def put(self, item: SpeechOutput | HiggsAudioError) -> None:
+        self._items.put_nowait(item)
+
+    async def get(self) -> SpeechOutput:
+        item = await self._items.get()
+        if isinstance(item, HiggsAudioError):
+            raise item
+        return item
+
+
+class AsyncLLM(Generic[VoicesT]):
+    """Speech synthesis as asynchronous iterators, from an engine in a process of its own.
+
+    Args:
+        config: of the engine.
+        make_voices: makes the voice library, once the engine has told what its codec can do.
+
+    Example:
+        >>> async for part in llm.generate(SpeechPrompt(text="Hello."), SamplingParams(), "r1"):
+        ...     play(part.audio)
+    """
+
+    def __init__(self, config: EngineConfig, make_voices: Callable[[EngineInfo], VoicesT]) -> None:
+        self.config = config
+        self.info: EngineInfo | None = None
+        self.voices: VoicesT | None = None
+        self._make_voices = make_voices
+        self._client = IpcClient(config)
+        self._processor: Processor | None = None
+        self._streams: dict[str, _Stream] = {}  # id of the part in the engine -> stream
+        self._open_ids: set[str] = set()
+        self._suffixes = count(1)
+        self._stats = SchedulerStats()
+        self._death: HiggsAudioError | None = None
+        self._reader: asyncio.Task[None] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self._processor is not None and self._death is None
+
+    @property
+    def is_dead(self) -> bool:
+        return self._death is not None
+
+    async def start(self) -> None:
+        """Start the engine process and wait until it is warm.
+
+        Raises:
+            HiggsAudioError: it cannot start; the message says why.
+        """
+        try:
+            self.info = await self._client.start()
+            self.voices = self._make_voices(self.info)
+            self._processor = Processor(self.config, self.info, self.voices)
+        except BaseException as error:
+            self._death = EngineDeadError(f"the engine did not start: {error}")
+            await self._client.shutdown()
+            raise
+        self._reader = asyncio.create_task(self._read(), name="engine outputs")
+
+    async def generate(
+        self,
+        prompt: SpeechPrompt,
+        params: SamplingParams,
+        request_id: str,
+        *,
+        timeout_s: float | None = None,
+        priority: int = 0,
+    ) -> AsyncIterator[SpeechOutput]:
+        """Speak; the first item comes with the first audio, the last has ``finish_reason``.
+
+        Leaving the iterator, or cancelling it, aborts the request.
+
+        Args:
+            prompt: what to say, and how.
+            params: how it is sampled.
+            request_id: any name; one that is in use gets a suffix.
+            timeout_s: after which the request ends with ``deadline``.
+            priority: smaller is sooner.
+
+        Raises:
+            InvalidRequestError: the request is wrong; raised before the first item.
+            EngineDeadError: the engine process is gone.
+            EngineError: the engine failed this request.
+        """
+        await self.check_health()
+        assert self._processor is not None
+        unique_id = self._unique(request_id)
+        try:
+            # Clips are decoded and texts tokenised here, which may take a while.
+            task = await asyncio.to_thread(
+                self._processor.process, unique_id, prompt, params, priority=priority
+            )
+            stream = _Stream(task)
+            await self._submit(stream)
+            expiry = self._expire_after(timeout_s, task)
+            try:
+                while True:
+                    item = await stream.get()
+                    yield item
+                    if item.finished:
+                        return
+            finally:
+                if expiry is not None:
+                    expiry.cancel()
+                if task.finish_reason is None:
+                    await self._abort(task, FinishReason.ABORT)
+                self._streams.pop(task.core_id, None)
+        finally:
+            self._open_ids.discard(unique_id)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its iterator gets a last item with ``abort``. Unknown ids are ignored."""
+        for stream in list(self._streams.values()):
+            if stream.task.request_id == request_id:
+                await self._abort(stream.task, FinishReason.ABORT)
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError unless the engine is ready."""
+        if self._death is not None:
+            raise EngineDeadError(str(self._death))
+        if self._processor is None:
+            raise EngineDeadError("the engine is still starting")
+
+    async def wait_dead(self) -> None:
+        """Return when the engine process is gone."""
+        await self._client.wait_dead()
+
+    def scheduler_stats(self) -> SchedulerStats:
+        """Queues and cache, as the engine last told."""
+        return self._stats
+
+    def count_tokens(self, text: str) -> int:
+        """Number of text ids of ``text``.
+
+        Raises:
+            EngineDeadError: the engine is not ready.
+        """
+        if self._processor is None:
+            raise EngineDeadError("the engine is still starting")
+        return self._processor.count_tokens(text)
+
+    async def shutdown(self) -> None:
+        """End the engine process; open requests end with EngineDeadError."""
+        if self._reader is not None:
+            self._reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reader
+        self._die(EngineDeadError("the server is shutting down"))
+        await self._client.shutdown()
+
+    def _unique(self, request_id: str) -> str:
+        unique = request_id
+        while unique in self._open_ids:
+            unique = f"{request_id}-{next(self._suffixes)}"
+        self._open_ids.add(unique)
+        return unique
+
+    def _expire_after(
+        self, timeout_s: float | None, task: SpeechTask
+    ) -> asyncio.TimerHandle | None:
+        if timeout_s is None:
+            return None
+        loop = asyncio.get_running_loop()
+        return loop.call_later(
+            timeout_s, lambda: loop.create_task(self._abort(task, FinishReason.DEADLINE))
+        )
+
+    async def _submit(self, stream: _Stream) -> None:
+        """Send the current part of a task to the engine."""
+        request = stream.task.next_request()
+        self._streams[request.request_id] = stream
+        await self._client.add_request(request)
+
+    async def _abort(self, task: SpeechTask, reason: FinishReason) -> None:
+        with contextlib.suppress(EngineDeadError):
+            await self._client.abort_requests((task.core_id,), reason)
+
+    async def _read(self) -> None:
+        """Pass on what the engine says, until it is gone."""
+        try:
+            while True:
+                outputs = await self._client.get_outputs()
+                if outputs.failure is not None:
+                    raise EngineDeadError(outputs.failure)
+                self._stats = outputs.stats
+                for output in outputs.outputs:
+                    await self._deliver(output)
+        except HiggsAudioError as error:
+            self._die(error)
+
+    async def _deliver(self, output: EngineCoreOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            return  # its reader has left
+        if output.finish_reason is not None:
+            del self._streams[output.request_id]
+        item = stream.task.absorb(output)
+        if item.finish_reason is FinishReason.ERROR:
+            stream.put(EngineError(item.error or "the engine failed the request"))
+            return
+        stream.put(item)
+        if output.finish_reason is not None and not item.finished:
+            try:
+                await self._submit(stream)
+            except HiggsAudioError as error:
+                stream.put(error)
+
+    def _die(self, error: HiggsAudioError) -> None:
+        if self._death is None:
+            self._death = error
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.put(EngineDeadError(str(error)))

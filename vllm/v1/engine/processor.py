@@ -1,0 +1,177 @@
+"""A caller's prompt and parameters into a ``SpeechTask``: voice, split, prompt, limits, seed.
+
+Everything that can be wrong with a request is found here, before the engine hears of it. No
+torch, and no waiting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm.config import EngineConfig
+from vllm.exceptions import InvalidRequestError
+from vllm.prompts import BuiltPrompt, PromptClip, SpeechPrompt, SpokenTurn, Voice, VoiceSource
+from vllm.prompts.registry import load_prompt_builder
+from vllm.prompts.splitting import speech_limit_seconds, split_text
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.messages import EngineInfo
+from vllm.v1.engine.speech_task import Guards, Part, SpeechTask, frames_of
+
+__all__ = ["Processor"]
+
+_INLINE_VOICE = "custom"
+
+
+class Processor:
+    """Checks requests and makes tasks of them.
+
+    Args:
+        config: of the engine.
+        info: of the loaded engine.
+        voices: where voice names are looked up.
+    """
+
+    def __init__(self, config: EngineConfig, info: EngineInfo, voices: VoiceSource) -> None:
+        self._config = config
+        self._info = info
+        self._voices = voices
+        self._builder = load_prompt_builder(
+            info.architecture,
+            model_folder=Path(info.model_folder),
+            tokenizer_folder=Path(info.tokenizer_folder),
+        )
+
+    def process(
+        self,
+        request_id: str,
+        prompt: SpeechPrompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+    ) -> SpeechTask:
+        """Make the task of one request.
+
+        Raises:
+            InvalidRequestError: a field is wrong; ``param`` names it.
+        """
+        arrival_time = time.monotonic()
+        if prompt.is_raw:
+            parts, keeps_voice = [self._raw_part(prompt)], False
+        else:
+            voice = self._voice(prompt)
+            parts, keeps_voice = self._text_parts(prompt, voice), voice.clip is None
+        is_guarded = not prompt.is_raw and params.eos_rule == "strict"
+        if not is_guarded:
+            parts = [dataclasses.replace(part, max_frames=None) for part in parts]
+        return SpeechTask(
+            request_id,
+            parts,
+            params,
+            seed=_seed(params),
+            guards=self._guards(params) if is_guarded else Guards(),
+            keeps_voice=keeps_voice and len(parts) > 1,
+            info=self._info,
+            arrival_time=arrival_time,
+            priority=priority,
+        )
+
+    def count_tokens(self, text: str) -> int:
+        """Number of text ids of ``text``."""
+        return self._builder.count_tokens(text)
+
+    def _voice(self, prompt: SpeechPrompt) -> Voice:
+        if prompt.ref_audio is None:
+            return self._voices.resolve(prompt.voice)
+        if not self._info.can_encode:
+            raise InvalidRequestError(
+                "ref_audio cannot be used: this server's codec holds no encoder (decode_only); "
+                "choose one of the listed voices",
+                param="ref_audio",
+            )
+        samples = self._clip_samples(prompt.ref_audio)
+        num_frames = samples.size // self._info.hop_length
+        return Voice(
+            voice_id=_INLINE_VOICE,
+            name=_INLINE_VOICE,
+            language=prompt.language or "en",
+            transcript=prompt.ref_text,
+            clip=PromptClip(num_frames, samples=samples),
+        )
+
+    def _clip_samples(self, clip: bytes | NDArray[np.float32]) -> NDArray[np.float32]:
+        """Samples at the codec's rate, zeros added up to a whole frame."""
+        hop = self._info.hop_length
+        if isinstance(clip, bytes):
+            from vllm.audio.reference import decode_clip
+
+            return decode_clip(clip, sample_rate=self._info.sample_rate, pad_to=hop)
+        samples = np.asarray(clip, np.float32)
+        if samples.ndim != 1 or samples.size == 0 or not np.isfinite(samples).all():
+            raise InvalidRequestError(
+                f"ref_audio of shape {samples.shape} is not allowed; give finite mono samples "
+                f"[num_samples] at {self._info.sample_rate} Hz, or the bytes of an audio file",
+                param="ref_audio",
+            )
+        return np.pad(samples, (0, -samples.size % hop))
+
+    def _text_parts(self, prompt: SpeechPrompt, voice: Voice) -> list[Part]:
+        assert prompt.text is not None
+        has_guard = self._config.audio.text_length_guard
+        return [
+            Part(
+                text,
+                self._build_call(prompt, voice, text),
+                frames_of(speech_limit_seconds(text), self._info) if has_guard else None,
+            )
+            for text in split_text(prompt.text, language=prompt.language or voice.language)
+        ]
+
+    def _build_call(
+        self, prompt: SpeechPrompt, voice: Voice, text: str
+    ) -> Callable[[Sequence[SpokenTurn]], BuiltPrompt]:
+        def build(history: Sequence[SpokenTurn]) -> BuiltPrompt:
+            return self._builder.build(
+                text,
+                voice,
+                instructions=prompt.instructions,
+                system_prompt=prompt.system_prompt,
+                normalize=prompt.normalize,
+                history=history,
+            )
+
+        return build
+
+    def _raw_part(self, prompt: SpeechPrompt) -> Part:
+        assert prompt.prompt_token_ids is not None
+        built = self._builder.from_token_ids(prompt.prompt_token_ids, prompt.prompt_codes)
+        return Part("", lambda _history: built)
+
+    def _guards(self, params: SamplingParams) -> Guards:
+        audio = self._config.audio
+        max_audio_s = _tighter(params.max_audio_s, audio.max_audio_seconds)
+        max_silence_s = (
+            audio.max_silence_seconds if params.max_silence_s is None else params.max_silence_s
+        )
+        return Guards(
+            max_audio_frames=frames_of(max_audio_s, self._info),
+            max_silence_frames=frames_of(max_silence_s, self._info),
+        )
+
+
+def _tighter(asked: float | None, server: float) -> float:
+    """The smaller of two limits, where 0 and None are none."""
+    return min(filter(None, (asked, server)), default=0.0)
+
+
+def _seed(params: SamplingParams) -> int:
+    """The seed in use: as given, 0 where nothing is drawn, else a random one."""
+    if params.seed is not None:
+        return params.seed
+    return 0 if params.temperature == 0 else secrets.randbits(63)

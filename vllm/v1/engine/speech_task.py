@@ -1,0 +1,263 @@
+"""One utterance as its caller sees it: parts of a text spoken one after the other, as one audio.
+
+Turns parts into engine requests and engine outputs into increments. Pure bookkeeping: it neither
+sends nor waits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm.exceptions import PromptTooLongError
+from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
+from vllm.prompts import BuiltPrompt, PromptClip, SpokenTurn
+from vllm.sampling_params import SamplingParams
+from vllm.seeds import derive_seed
+from vllm.v1.engine.messages import ClipData, EngineCoreOutput, EngineCoreRequest, EngineInfo
+
+__all__ = ["Guards", "Part", "SpeechTask"]
+
+# A part that ends so has said what it could; the text goes on with the next one.
+_GOES_ON = frozenset({FinishReason.STOP, FinishReason.SILENCE, FinishReason.TEXT_LENGTH})
+
+
+@dataclass(frozen=True)
+class Guards:
+    """Limits that do not come from ``max_tokens``; None is no limit."""
+
+    max_audio_frames: int | None = None  # over all parts
+    max_silence_frames: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of the text.
+
+    ``build`` makes its prompt from the turns that were spoken before; ``max_frames`` is the most
+    audio that its text can need, None for no limit.
+    """
+
+    text: str
+    build: Callable[[Sequence[SpokenTurn]], BuiltPrompt]
+    max_frames: int | None = None
+
+
+class SpeechTask:
+    """A request of the API side until its last sample.
+
+    ``next_request`` gives the engine request of the next part, ``absorb`` takes what the engine
+    says of it. At most one part is in the engine at a time, so that limits hold over all parts.
+
+    Args:
+        request_id: as the caller knows it.
+        parts: at least one.
+        params: sampling of every part; ``params.seed`` is not read.
+        seed: the one in use; part i gets one derived from it.
+        guards: further limits.
+        keeps_voice: later parts get the first one as context, for voices that have no clip.
+        info: of the engine.
+        arrival_time: ``time.monotonic()`` at which the request came.
+        priority: smaller is sooner.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        parts: Sequence[Part],
+        params: SamplingParams,
+        *,
+        seed: int,
+        guards: Guards,
+        keeps_voice: bool,
+        info: EngineInfo,
+        arrival_time: float,
+        priority: int = 0,
+    ) -> None:
+        self.request_id = request_id
+        self.seed = seed
+        self.finish_reason: FinishReason | None = None
+        self._parts = parts
+        self._params = params
+        self._guards = guards
+        self._keeps_voice = keeps_voice
+        self._info = info
+        self._arrival_time = arrival_time
+        self._priority = priority
+        self._index = 0
+        self._usage = Usage()
+        self._queue_time_s = 0.0
+        self._num_preemptions = 0
+        self._first_audio_s: float | None = None
+        self._worst_reason = FinishReason.STOP
+        self._first_codes: list[NDArray[np.int16]] = []
+        self._prompt: BuiltPrompt | None = None
+        self._part_frames = 0  # real frames of the current part
+        self._part_delayed = 0  # delayed frames of the current part
+
+    @property
+    def core_id(self) -> str:
+        """Id of the current part in the engine."""
+        return self.request_id if self._index == 0 else f"{self.request_id}#{self._index}"
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt positions of the parts so far."""
+        current = self._prompt.num_positions if self._prompt is not None else 0
+        return self._usage.prompt_tokens + (current if self.finish_reason is None else 0)
+
+    def next_request(self) -> EngineCoreRequest:
+        """Engine request of the current part.
+
+        Raises:
+            PromptTooLongError: its prompt leaves no room for audio.
+        """
+        part = self._parts[self._index]
+        prompt = self._prompt = part.build(self._history())
+        self._part_frames = self._part_delayed = 0
+        limit, reason = self._frame_limit(part, prompt)
+        return EngineCoreRequest(
+            request_id=self.core_id,
+            prompt_token_ids=prompt.token_ids.astype(np.int32).tobytes(),
+            sampling_params=self._params,
+            seed=derive_seed(self.seed, self._index),
+            frame_limit=limit,
+            limit_reason=reason,
+            clips=tuple(
+                _clip_data(clip, start)
+                for clip, start in zip(prompt.clips, prompt.clip_starts, strict=True)
+            ),
+            max_silence_frames=self._guards.max_silence_frames,
+            arrival_time=self._arrival_time if self._index == 0 else time.monotonic(),
+            priority=self._priority,
+        )
+
+    def absorb(self, output: EngineCoreOutput) -> SpeechOutput:
+        """Take an output of the current part; returns the increment for the caller.
+
+        ``finish_reason`` of the increment is set when the whole task has ended. When the part has
+        ended and the task has not, ``next_request`` must be called for the next part.
+        """
+        num_codebooks = self._info.num_codebooks
+        audio = np.frombuffer(output.audio, np.float32)
+        codes = np.frombuffer(output.codes, np.int16).reshape(num_codebooks, -1)
+        delayed = np.frombuffer(output.delayed_codes, np.int16).reshape(-1, num_codebooks)
+        if audio.size and self._first_audio_s is None:
+            self._first_audio_s = time.monotonic() - self._arrival_time
+        self._part_frames += codes.shape[1]
+        self._part_delayed += delayed.shape[0]
+        if self._keeps_voice and self._index == 0:
+            self._first_codes.append(codes)
+        if output.finish_reason is not None:
+            self._end_part(output, output.finish_reason)
+        return SpeechOutput(
+            request_id=self.request_id,
+            audio=audio,
+            codes=codes,
+            delayed_codes=delayed,
+            sample_rate=self._info.sample_rate,
+            finish_reason=self.finish_reason,
+            usage=self._usage,
+            stats=self._stats(),
+            seed=self.seed,
+            error=output.error,
+        )
+
+    def _end_part(self, output: EngineCoreOutput, reason: FinishReason) -> None:
+        stats = output.stats
+        assert self._prompt is not None
+        self._usage += Usage(
+            prompt_tokens=self._prompt.num_positions,
+            completion_tokens=self._part_delayed,
+            audio_tokens=self._part_frames,
+            cached_tokens=stats.num_cached_positions if stats else 0,
+        )
+        if stats is not None:
+            self._num_preemptions += stats.num_preemptions
+            self._queue_time_s += stats.queue_time_s
+        self._index += 1
+        if reason is not FinishReason.STOP:
+            self._worst_reason = reason
+        if reason not in _GOES_ON:
+            self.finish_reason = reason
+        elif self._index == len(self._parts):
+            self.finish_reason = self._worst_reason
+        else:
+            self.finish_reason = self._spent()
+
+    def _spent(self) -> FinishReason | None:
+        """Which limit over all parts is used up before the next one, if any."""
+        if self._tokens_left() is not None and self._tokens_left() == 0:
+            return FinishReason.LENGTH
+        if self._audio_frames_left() == 0:
+            return FinishReason.MAX_AUDIO
+        return None
+
+    def _tokens_left(self) -> int | None:
+        if self._params.max_tokens is None:
+            return None
+        return max(0, self._params.max_tokens - self._usage.completion_tokens)
+
+    def _audio_frames_left(self) -> int | None:
+        if self._guards.max_audio_frames is None:
+            return None
+        return max(0, self._guards.max_audio_frames - self._usage.audio_tokens)
+
+    def _frame_limit(self, part: Part, prompt: BuiltPrompt) -> tuple[int, FinishReason]:
+        """Delayed frames that the part may have, and which limit that is."""
+        num_codebooks = self._info.num_codebooks
+        room = self._info.max_model_len - prompt.num_positions
+        if room <= num_codebooks:
+            raise PromptTooLongError(
+                f"the prompt has {prompt.num_positions} positions and the context "
+                f"{self._info.max_model_len}; audio needs at least {num_codebooks + 1} more",
+                param="input",
+            )
+        limits = [(room, FinishReason.LENGTH)]
+        tokens_left, frames_left = self._tokens_left(), self._audio_frames_left()
+        if tokens_left is not None:
+            limits.append((tokens_left, FinishReason.LENGTH))
+        # T real frames that no EOS ends are T + K delayed ones.
+        if frames_left is not None:
+            limits.append((frames_left + num_codebooks, FinishReason.MAX_AUDIO))
+        if part.max_frames is not None:
+            limits.append((part.max_frames + num_codebooks, FinishReason.TEXT_LENGTH))
+        return min(limits, key=lambda limit: limit[0])
+
+    def _history(self) -> list[SpokenTurn]:
+        if self._index == 0 or not self._keeps_voice:
+            return []
+        codes = np.concatenate(self._first_codes, axis=1)
+        if codes.shape[1] == 0:
+            return []
+        return [SpokenTurn(self._parts[0].text, PromptClip(codes.shape[1], codes=codes))]
+
+    def _stats(self) -> SpeechStats:
+        num_frames = self._usage.audio_tokens
+        return SpeechStats(
+            audio_duration_s=num_frames / self._info.frame_rate,
+            processing_time_s=time.monotonic() - self._arrival_time,
+            queue_time_s=self._queue_time_s,
+            time_to_first_audio_s=self._first_audio_s,
+            num_preemptions=self._num_preemptions,
+            num_parts=len(self._parts),
+        )
+
+
+def frames_of(seconds: float, info: EngineInfo) -> int | None:
+    """Whole frames in ``seconds``, rounded up; None for 0, which is no limit."""
+    return math.ceil(seconds * info.frame_rate) if seconds else None
+
+
+def _clip_data(clip: PromptClip, start: int) -> ClipData:
+    if clip.codes is not None:
+        codes = np.ascontiguousarray(clip.codes, np.int16)
+        return ClipData(start, clip.num_frames, codes=codes.tobytes())
+    assert clip.samples is not None
+    samples = np.ascontiguousarray(clip.samples, np.float32)
+    return ClipData(start, clip.num_frames, samples=samples.tobytes())

@@ -1,0 +1,337 @@
+"""One step on the device, for any model: rows, pages, forward pass, sampling, codec hand-over.
+
+What belongs to a family is behind ``ModelState``; who runs when is the scheduler's decision. The
+name is history: the same runner works on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vllm.forward_context import set_forward_context
+from vllm.kernels.attention import DecodeMetadata, PrefillMetadata, PrefillSequence
+from vllm.logger import get_logger
+from vllm.model_executor.framing import DelayFraming
+from vllm.model_executor.models.interface import SpeechModel
+from vllm.v1.core.sched_output import NewRequestData, SchedulerOutput, StepKind
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.sample import SamplingMetadata
+from vllm.v1.worker.block_table import BlockTable
+from vllm.v1.worker.codec_runner import CodecRunner
+from vllm.v1.worker.gpu_input_batch import InputBatch
+from vllm.v1.worker.model_state import ModelState, PromptSlice
+
+__all__ = ["GPUModelRunner"]
+
+logger = get_logger(__name__)
+
+_PENDING_FRAMES = 64  # frames of one row kept before they go to the codec
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request that owns a row."""
+
+    data: NewRequestData
+    row: int
+    framing: DelayFraming
+
+
+@dataclass(frozen=True, eq=False)
+class _Swapped:
+    """A request whose row and pages lie on the host."""
+
+    running: _Running
+    pages: list[Tensor]  # per layer, [2, num_blocks, block_size, num_kv_heads, head_dim]
+    state: Any
+    num_positions: int
+    pending: NDArray[np.int16]  # [n, num_codebooks], frames that the codec has not seen
+
+
+@dataclass(frozen=True, eq=False)
+class _DecodeBatch:
+    """What stays the same while the same requests are decoded."""
+
+    request_ids: tuple[str, ...]
+    rows: NDArray[np.int64]  # [num_reqs]
+    device_rows: Tensor  # int64 [num_reqs]
+    metadata: SamplingMetadata
+
+
+class GPUModelRunner:
+    """Executes the scheduler's steps.
+
+    Args:
+        model: loaded, on ``device``.
+        state: per-row state of the model's family, on ``device``.
+        codec: decodes frames beside the steps.
+        kv_caches: one per layer, [2, num_blocks, block_size, num_kv_heads, head_dim].
+        block_size: positions per block.
+        max_num_seqs: rows there are.
+        device: of model, state and caches.
+    """
+
+    def __init__(
+        self,
+        model: SpeechModel,
+        state: ModelState,
+        codec: CodecRunner,
+        kv_caches: Sequence[Tensor],
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._state = state
+        self._codec = codec
+        self._kv_caches = kv_caches
+        self._block_size = block_size
+        self._device = device
+        max_blocks = -(-model.spec.max_model_len // block_size)
+        self._batch = InputBatch(max_num_seqs, model.spec.codebook_size, device)
+        self._block_table = BlockTable(max_num_seqs, max_blocks, device)
+        self._requests: dict[str, _Running] = {}  # req_id -> owner of a row
+        self._swapped: dict[str, _Swapped] = {}  # req_id -> what lies on the host
+        self._num_positions = np.zeros(max_num_seqs, np.int64)  # [rows], keys and values written
+        self._decode_batch: _DecodeBatch | None = None
+        # Frames on their way to the codec, and the number of them at which a window is due.
+        shape = (max_num_seqs, _PENDING_FRAMES, state.num_codebooks)
+        self._pending = np.zeros(shape, np.int16)
+        self._num_pending = np.zeros(max_num_seqs, np.int64)  # [rows]
+        self._num_due = np.zeros(max_num_seqs, np.int64)  # [rows]
+
+    @torch.inference_mode()
+    def execute_model(self, plan: SchedulerOutput, *, wait_s: float = 0.0) -> ModelRunnerOutput:
+        """Run one step.
+
+        Args:
+            plan: what to do.
+            wait_s: how long an idle step may wait for the codec.
+
+        Returns:
+            Frames of the decoded requests, and whatever the codec has ready.
+        """
+        self._update_states(plan)
+        frames, status = None, None
+        errors: dict[str, str] = {}
+        try:
+            if plan.step_kind is StepKind.PREFILL:
+                self._prefill(plan)
+            elif plan.step_kind is StepKind.DECODE:
+                frames, status = self._decode(plan.decode)
+        except Exception as error:
+            # One step, one tensor program: all of its requests share the failure, no other does.
+            logger.exception("a %s step failed", plan.step_kind)
+            affected = (*(chunk.request_id for chunk in plan.prefill), *plan.decode)
+            errors = dict.fromkeys(affected, f"the step failed: {error}")
+        results = self._codec.poll(wait_s if plan.step_kind is StepKind.IDLE else 0.0)
+        return ModelRunnerOutput(
+            request_ids=plan.decode if frames is not None else (),
+            frames=frames,
+            finish=status,
+            errors=errors,
+            chunks=tuple(results.chunks),
+            clips=tuple(results.clips),
+        )
+
+    def has_codec_work(self) -> bool:
+        """Whether audio or an encoded clip will come without another step."""
+        return self._codec.has_work()
+
+    def check_integrity(self) -> None:
+        """Every row has one owner, and the batch agrees."""
+        self._batch.check_integrity()
+        owned = {request_id: running.row for request_id, running in self._requests.items()}
+        assert owned == dict(self._batch.rows), (owned, dict(self._batch.rows))
+
+    # Rows come and go
+
+    def _update_states(self, plan: SchedulerOutput) -> None:
+        """Apply what changed since the last step, in the order that ``SchedulerOutput`` sets."""
+        for request_id in plan.finished:
+            self._drop(request_id)
+        for request_id, block_ids in plan.swap_out.items():
+            self._swap_out(request_id, block_ids)
+        for request_id, block_ids in plan.swap_in.items():
+            self._swap_in(request_id, block_ids)
+        for data in plan.new:
+            self._add(data, num_cached=_first_position(plan, data))
+        for request_id, block_ids in plan.new_blocks.items():
+            self._block_table.append(self._requests[request_id].row, block_ids)
+
+    def _add(self, data: NewRequestData, *, num_cached: int) -> None:
+        row = self._take_row(data)
+        self._state.add_request(row, data)
+        self._codec.open(data.request_id, max_silence_frames=data.max_silence_frames)
+        running = _Running(data, row, self._state.make_framing())
+        self._requests[data.request_id] = running
+        self._num_positions[row] = num_cached
+        self._num_pending[row] = 0
+        self._num_due[row] = self._frames_until_due(running)
+
+    def _take_row(self, data: NewRequestData) -> int:
+        self._decode_batch = None
+        return self._batch.add_request(data.request_id, data.sampling_params, data.seed)
+
+    def _release_row(self, request_id: str) -> _Running:
+        self._decode_batch = None
+        running = self._requests.pop(request_id)
+        self._batch.remove_request(request_id)
+        self._block_table.clear(running.row)
+        return running
+
+    def _drop(self, request_id: str) -> None:
+        """Forget a request that was ended from outside."""
+        self._codec.close(request_id)
+        self._swapped.pop(request_id, None)
+        if request_id in self._requests:
+            self._release_row(request_id)
+
+    def _swap_out(self, request_id: str, block_ids: Sequence[int]) -> None:
+        row = self._requests[request_id].row
+        ids = torch.tensor(block_ids, dtype=torch.int64, device=self._device)
+        self._swapped[request_id] = _Swapped(
+            running=self._requests[request_id],
+            pages=[cache[:, ids].to("cpu") for cache in self._kv_caches],
+            state=self._state.save_row(row),
+            num_positions=int(self._num_positions[row]),
+            pending=self._pending[row, : self._num_pending[row]].copy(),
+        )
+        self._release_row(request_id)
+
+    def _swap_in(self, request_id: str, block_ids: Sequence[int]) -> None:
+        swapped = self._swapped.pop(request_id)
+        running = swapped.running
+        row = running.row = self._take_row(running.data)
+        self._requests[request_id] = running
+        self._state.restore_row(row, swapped.state)
+        self._block_table.append(row, block_ids)
+        ids = torch.tensor(block_ids, dtype=torch.int64, device=self._device)
+        for cache, pages in zip(self._kv_caches, swapped.pages, strict=True):
+            cache[:, ids] = pages.to(self._device)
+        self._num_positions[row] = swapped.num_positions
+        self._num_pending[row] = len(swapped.pending)
+        self._pending[row, : len(swapped.pending)] = swapped.pending
+        self._num_due[row] = self._frames_until_due(running)
+
+    # Prefill: prompt positions into the cache, nothing sampled
+
+    def _prefill(self, plan: SchedulerOutput) -> None:
+        slices, rows = [], []
+        for chunk in plan.prefill:
+            running = self._requests[chunk.request_id]
+            slices.append(PromptSlice(running.data, chunk.start, chunk.start + chunk.length))
+            rows.append(running.row)
+        inputs = self._state.embed_prompt(slices)
+        sequences = [
+            PrefillSequence(
+                rows=slice_rows,
+                block_table=self._block_table.row(row, -(-part.stop // self._block_size)),
+                start=part.start,
+                length=part.stop - part.start,
+            )
+            for slice_rows, row, part in zip(inputs.slices, rows, slices, strict=True)
+        ]
+        metadata = PrefillMetadata.build(sequences, self._block_size)
+        with set_forward_context(metadata, self._kv_caches):
+            self._model.forward(inputs.hidden, inputs.positions, inputs.num_text_rows)
+        for row, part in zip(rows, slices, strict=True):
+            self._num_positions[row] = part.stop
+
+    # Decode: one frame per request
+
+    def _decode(self, request_ids: tuple[str, ...]) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+        batch = self._prepare_decode(request_ids)
+        positions = self._num_positions[batch.rows]
+        metadata = self._decode_metadata(batch, positions)
+        device_positions = metadata.context_lens - 1
+        hidden = self._state.embed_last_content(batch.device_rows)
+        with set_forward_context(metadata, self._kv_caches):
+            hidden = self._model.forward(hidden, device_positions, 0)
+        content = self._state.next_content(hidden, batch.device_rows, batch.metadata)
+        frames, status = _to_host(content.frames, content.status)
+        self._num_positions[batch.rows] = positions + 1
+        self._collect(batch, frames, status)
+        return frames, status
+
+    def _prepare_decode(self, request_ids: tuple[str, ...]) -> _DecodeBatch:
+        """Rows and settings, kept from the last step while nothing changed."""
+        batch = self._decode_batch
+        if batch is None or batch.request_ids != request_ids:
+            rows = [self._requests[request_id].row for request_id in request_ids]
+            metadata = self._batch.sampling_metadata(rows)
+            batch = _DecodeBatch(
+                request_ids=request_ids,
+                rows=np.asarray(rows, np.int64),
+                device_rows=metadata.rows,
+                metadata=metadata,
+            )
+            self._decode_batch = batch
+        return batch
+
+    def _decode_metadata(self, batch: _DecodeBatch, positions: NDArray[np.int64]) -> DecodeMetadata:
+        max_context_len = int(positions.max()) + 1
+        tables = self._block_table.rows(batch.device_rows, -(-max_context_len // self._block_size))
+        last = torch.from_numpy(positions).to(self._device)
+        blocks = tables.gather(1, (last // self._block_size)[:, None])[:, 0]
+        return DecodeMetadata(
+            slot_mapping=blocks * self._block_size + last % self._block_size,
+            block_tables=tables,
+            context_lens=last + 1,
+            max_context_len=max_context_len,
+        )
+
+    # Frames to the codec, a window's worth at a time
+
+    def _collect(
+        self, batch: _DecodeBatch, frames: NDArray[np.int16], status: NDArray[np.uint8]
+    ) -> None:
+        """Keep the new frames, and pass on those of rows that have ended or have a window due."""
+        rows = batch.rows
+        self._pending[rows, self._num_pending[rows]] = frames
+        self._num_pending[rows] += 1
+        due = (status != 0) | (self._num_pending[rows] >= self._num_due[rows])
+        for index in np.flatnonzero(due).tolist():
+            self._push(self._requests[batch.request_ids[index]], int(status[index]))
+
+    def _push(self, running: _Running, status: int) -> None:
+        row = running.row
+        new = self._pending[row, : self._num_pending[row]]
+        codes = running.framing.push(new, ended=status == 1)
+        self._codec.push(running.data.request_id, codes, final=status != 0)
+        if status != 0:
+            self._release_row(running.data.request_id)
+            return
+        self._num_pending[row] = 0
+        self._num_due[row] = self._frames_until_due(running)
+
+    def _frames_until_due(self, running: _Running) -> int:
+        """Further frames after which the codec can decode another window."""
+        num_frames = running.framing.num_frames
+        missing = self._codec.next_due(num_frames) - num_frames
+        is_first = num_frames == 0
+        lag = self._state.num_codebooks - 1 if is_first else 0
+        return min(missing + lag, _PENDING_FRAMES)
+
+
+def _first_position(plan: SchedulerOutput, data: NewRequestData) -> int:
+    """Prompt positions of a new request that the prefix cache holds."""
+    for chunk in plan.prefill:
+        if chunk.request_id == data.request_id:
+            return chunk.start
+    return len(data.prompt_token_ids) if data.request_id in plan.decode else 0
+
+
+def _to_host(frames: Tensor, status: Tensor) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+    """The one copy of a step: frames and finish codes, packed."""
+    packed = torch.cat([frames.to(torch.int16), status[:, None].to(torch.int16)], dim=1)
+    host = packed.cpu().numpy()
+    return host[:, :-1], host[:, -1].astype(np.uint8)

@@ -1,0 +1,188 @@
+"""The seam between the runner and a model family: inputs of a step, and what follows from it.
+
+A ``ModelState`` owns what a family keeps per row and binds its head and framing; the runner sees
+embeddings, frames and a finish code. It knows neither requests' lifetimes nor the KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vllm.model_executor.framing import DelayFraming, DelayPattern
+from vllm.model_executor.heads import CodebookState
+from vllm.model_executor.models.interface import SpeechModel
+from vllm.v1.core.sched_output import NewRequestData
+from vllm.v1.sample import Sampler, SamplingMetadata
+
+__all__ = ["CodebookModelState", "ModelState", "NextContent", "PromptSlice", "SortedRows"]
+
+
+class PromptSlice(NamedTuple):
+    """Prompt positions [start, stop) of one request."""
+
+    request: NewRequestData
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class SortedRows:
+    """Prompt positions of several requests as the model takes them: text first, then audio."""
+
+    hidden: Tensor  # [num_rows, hidden_size]
+    positions: Tensor  # int64 [num_rows]
+    num_text_rows: int
+    slices: tuple[Tensor, ...]  # per slice, int64 [length]: its rows in the order of positions
+
+
+class NextContent(NamedTuple):
+    """One new frame per row."""
+
+    frames: Tensor  # int64 [num_rows, num_codebooks], delayed
+    status: Tensor  # uint8 [num_rows]: 0 running, 1 ended by EOS, 2 frame limit
+
+
+class ModelState(Protocol):
+    """Per-row state of one model family."""
+
+    @property
+    def num_codebooks(self) -> int: ...
+
+    def add_request(self, row: int, request: NewRequestData) -> None:
+        """Start a request in ``row``; its first frame needs no model."""
+        ...
+
+    def save_row(self, row: int) -> Any:
+        """Snapshot of a row, on the host, for ``restore_row``."""
+        ...
+
+    def restore_row(self, row: int, snapshot: Any) -> None:
+        """Go on in ``row`` where the snapshot was taken."""
+        ...
+
+    def embed_prompt(self, slices: Sequence[PromptSlice]) -> SortedRows:
+        """Inputs of a prefill step."""
+        ...
+
+    def embed_last_content(self, rows: Tensor) -> Tensor:
+        """Inputs of a decode step: [num_rows, hidden_size]."""
+        ...
+
+    def next_content(self, hidden: Tensor, rows: Tensor, metadata: SamplingMetadata) -> NextContent:
+        """Sample each row's next frame from its hidden state and advance the row."""
+        ...
+
+    def make_framing(self) -> DelayFraming:
+        """What turns one request's frames into codec frames."""
+        ...
+
+    def first_content(self) -> NDArray[np.int16]:
+        """The frame that every request starts with, [num_codebooks]."""
+        ...
+
+
+class CodebookModelState:
+    """State of models that emit one code per codebook and frame, under the delay pattern.
+
+    Args:
+        model: on ``device``.
+        max_num_rows: rows there are.
+        device: where the state lives.
+    """
+
+    def __init__(self, model: SpeechModel, max_num_rows: int, device: torch.device) -> None:
+        spec = model.spec
+        self._model = model
+        self._device = device
+        self._pattern = DelayPattern(spec.num_codebooks, spec.stream_bos_id, spec.stream_eos_id)
+        self._head = CodebookState(self._pattern, max_num_rows, device)
+        self._sampler = Sampler(self._pattern)
+
+    @property
+    def num_codebooks(self) -> int:
+        return self._pattern.num_codebooks
+
+    def add_request(self, row: int, request: NewRequestData) -> None:
+        self._head.add_row(
+            row,
+            eos_rule=request.sampling_params.eos_rule,
+            frame_limit=request.frame_limit,
+        )
+        self._head.start(torch.tensor([row], device=self._device))
+
+    def save_row(self, row: int) -> Any:
+        return self._head.save_row(row)
+
+    def restore_row(self, row: int, snapshot: Any) -> None:
+        self._head.restore_row(row, snapshot)
+
+    def embed_prompt(self, slices: Sequence[PromptSlice]) -> SortedRows:
+        ids, frames, positions, is_audio = _gather_prompt(slices)
+        order = np.argsort(is_audio, kind="stable")
+        row_of = np.empty_like(order)
+        row_of[order] = np.arange(order.size)
+        num_text_rows = int(order.size - is_audio.sum())
+
+        parts = []
+        if num_text_rows:
+            parts.append(self._model.embed_text(self._to_device(ids[order[:num_text_rows]])))
+        if num_text_rows < order.size:
+            parts.append(self._model.embed_codes(self._to_device(frames)))
+        bounds = np.cumsum([0, *(part.stop - part.start for part in slices)])
+        return SortedRows(
+            hidden=torch.cat(parts),
+            positions=self._to_device(positions[order]),
+            num_text_rows=num_text_rows,
+            slices=tuple(self._to_device(row_of[low:high]) for low, high in pairwise(bounds)),
+        )
+
+    def embed_last_content(self, rows: Tensor) -> Tensor:
+        return self._model.embed_codes(self._head.last_frame[rows])
+
+    def next_content(self, hidden: Tensor, rows: Tensor, metadata: SamplingMetadata) -> NextContent:
+        logits = self._model.audio_logits(hidden)
+        next_frame = self._head.next_frame(rows)
+        width = metadata.history_width
+        history = self._head.recent(rows, width) if width else None
+        frames = self._sampler(logits, metadata, next_frame, history)
+        return NextContent(frames, self._head.advance(rows, frames))
+
+    def make_framing(self) -> DelayFraming:
+        framing = DelayFraming(self._pattern)
+        framing.push(self.first_content()[None])
+        return framing
+
+    def first_content(self) -> NDArray[np.int16]:
+        return np.full(self._pattern.num_codebooks, self._pattern.bos, np.int16)
+
+    def _to_device(self, values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(self._device)
+
+
+def _gather_prompt(
+    slices: Sequence[PromptSlice],
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
+    """Ids [N], audio frames [num_audio, K], positions [N] and audio flags [N] of all slices."""
+    ids, frames, positions, is_audio = [], [], [], []
+    for request, start, stop in slices:
+        low, high = np.searchsorted(request.audio_positions, (start, stop))
+        flags = np.zeros(stop - start, np.bool_)
+        flags[request.audio_positions[low:high] - start] = True
+        ids.append(request.prompt_token_ids[start:stop])
+        frames.append(request.prompt_frames[low:high])
+        positions.append(np.arange(start, stop))
+        is_audio.append(flags)
+    return (
+        np.concatenate(ids),
+        np.concatenate(frames),
+        np.concatenate(positions),
+        np.concatenate(is_audio),
+    )

@@ -1,0 +1,210 @@
+"""One rank: its device, the model, codec and caches on it, and the runner that uses them.
+
+Loads and sizes everything once; what runs when is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vllm.config import EngineConfig
+from vllm.exceptions import CheckpointError
+from vllm.kernels.cache import allocate_kv_caches
+from vllm.kernels.linear import check_row_invariance, set_row_quantum
+from vllm.logger import get_logger
+from vllm.model_executor.codecs import ClipCache, Codec, load_codec
+from vllm.model_executor.models import SpeechModel, load_model
+from vllm.platforms import Platform, select_platform
+from vllm.v1.core.sched_output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.codec_runner import CodecRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.memory import KVBudget, num_kv_blocks
+from vllm.v1.worker.model_state import CodebookModelState
+
+__all__ = ["Worker", "WorkerInfo"]
+
+logger = get_logger(__name__)
+
+_MAX_NUM_SEQS = {"cuda": 256, "cpu": 32}  # for --max-num-seqs 0
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """What the engine core must know of a loaded worker."""
+
+    architecture: str
+    num_codebooks: int
+    stream_bos_id: int
+    stream_eos_id: int
+    vocab_size: int
+    sample_rate: int
+    hop_length: int
+    can_encode: bool
+    codec_fingerprint: str
+    max_num_seqs: int
+    num_kv_blocks: int
+    device: str
+    dtype: str
+
+
+class Worker:
+    """Loads a model and a codec and executes steps.
+
+    Args:
+        config: of the engine.
+        model_folder: local checkpoint of the model.
+        codec_folder: local checkpoint of the codec.
+        clip_cache_folder: where encoded reference clips are kept.
+
+    Raises:
+        CheckpointError: a checkpoint is wrong, or model and codec do not fit each other.
+        ConfigError: the memory does not suffice, or the device is not there.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        model_folder: Path,
+        codec_folder: Path,
+        clip_cache_folder: Path | None,
+    ) -> None:
+        self._config = config
+        self._platform = select_platform(config.device.device)
+        num_threads = _use_threads(config.device.cpu_threads, self._platform)
+        device = self._platform.device
+        self._model = load_model(
+            model_folder,
+            device=device,
+            dtype=config.model.dtype,
+            max_model_len=config.model.max_model_len,
+        )
+        codec = load_codec(codec_folder, device=device)
+        _check_fit(self._model, codec)
+        self._prepare_invariance()
+        self._max_num_seqs = config.scheduler.max_num_seqs or _MAX_NUM_SEQS[device.type]
+        self._num_kv_blocks = num_kv_blocks(self._kv_budget())
+        self._codec = codec
+        self._codec_runner = CodecRunner(
+            codec,
+            ramp=config.audio.stream_ramp,
+            clip_cache=ClipCache(clip_cache_folder),
+            # The model's steps and the codec share the cores; half of them is enough for either.
+            num_threads=max(1, num_threads // 2),
+        )
+        self._runner = self._make_runner()
+
+    @property
+    def info(self) -> WorkerInfo:
+        spec, codec = self._model.spec, self._codec
+        return WorkerInfo(
+            architecture=spec.architecture,
+            num_codebooks=spec.num_codebooks,
+            stream_bos_id=spec.stream_bos_id,
+            stream_eos_id=spec.stream_eos_id,
+            vocab_size=spec.vocab_size,
+            sample_rate=codec.sample_rate,
+            hop_length=codec.hop_length,
+            can_encode=codec.can_encode,
+            codec_fingerprint=codec.fingerprint,
+            max_num_seqs=self._max_num_seqs,
+            num_kv_blocks=self._num_kv_blocks,
+            device=str(self._platform.device),
+            dtype=str(spec.dtype).removeprefix("torch."),
+        )
+
+    def execute_model(self, plan: SchedulerOutput, *, wait_s: float) -> ModelRunnerOutput:
+        """Run one step; see ``GPUModelRunner.execute_model``."""
+        return self._runner.execute_model(plan, wait_s=wait_s)
+
+    def encode_clip(self, key: str, samples: NDArray[np.float32]) -> None:
+        """Queue a reference clip; its codes come with a later step's output."""
+        self._codec_runner.encode(key, samples)
+
+    def has_codec_work(self) -> bool:
+        """Whether audio or codes will come without another step of the model."""
+        return self._codec_runner.has_work()
+
+    def check_integrity(self) -> None:
+        self._runner.check_integrity()
+
+    def shutdown(self) -> None:
+        self._codec_runner.shutdown()
+
+    def _prepare_invariance(self) -> None:
+        if not self._config.device.batch_invariant:
+            set_row_quantum(1)
+        elif not self._platform.is_cuda:
+            quantum = check_row_invariance(self._model.matrices())
+            logger.info("batch-invariant products pad rows to multiples of %d", quantum)
+
+    def _kv_budget(self) -> KVBudget:
+        cache = self._config.cache
+        return KVBudget(
+            bytes_per_block=self._model.spec.kv_bytes_per_position * cache.block_size,
+            block_size=cache.block_size,
+            max_model_len=self._config.model.max_model_len,
+            max_num_seqs=self._max_num_seqs,
+            requested_bytes=cache.kv_cache_memory,
+            available_bytes=self._available_bytes(),
+        )
+
+    def _available_bytes(self) -> int:
+        """Bytes that weights and codec leave of the share that the engine may use."""
+        memory = self._platform.memory()
+        if not self._platform.is_cuda:
+            return memory.free_bytes
+        used = memory.total_bytes - memory.free_bytes
+        return int(memory.total_bytes * self._config.cache.gpu_memory_utilization) - used
+
+    def _make_runner(self) -> GPUModelRunner:
+        spec, block_size = self._model.spec, self._config.cache.block_size
+        device = self._platform.device
+        kv_caches = allocate_kv_caches(
+            spec.num_layers,
+            self._num_kv_blocks,
+            block_size,
+            spec.num_kv_heads,
+            spec.head_dim,
+            dtype=spec.dtype,
+            device=device,
+        )
+        state = CodebookModelState(self._model, self._max_num_seqs, device)
+        return GPUModelRunner(
+            self._model,
+            state,
+            self._codec_runner,
+            kv_caches,
+            block_size=block_size,
+            max_num_seqs=self._max_num_seqs,
+            device=device,
+        )
+
+
+def _use_threads(num_threads: int, platform: Platform) -> int:
+    """Set torch's threads for the CPU path; returns how many there are."""
+    if not platform.is_cuda:
+        torch.set_num_threads(num_threads or _num_cores())
+    return torch.get_num_threads()
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_fit(model: SpeechModel, codec: Codec) -> None:
+    spec = model.spec
+    if spec.num_codebooks != codec.num_codebooks or spec.stream_bos_id > codec.codebook_size:
+        raise CheckpointError(
+            f"model and codec do not fit: the model makes {spec.num_codebooks} codes below "
+            f"{spec.stream_bos_id} per frame, the codec takes {codec.num_codebooks} below "
+            f"{codec.codebook_size}"
+        )
