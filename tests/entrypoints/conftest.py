@@ -1,0 +1,242 @@
+"""A stand-in for the engine and a live server in front of it, so that no model is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+
+from vllm.entrypoints.bosonai.api_server import build_app
+from vllm.entrypoints.bosonai.engine_host import EngineHost
+from vllm.entrypoints.cli_args import parse_serve_args
+from vllm.exceptions import EngineDeadError, UnknownVoiceError
+from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
+from vllm.prompts import SpeechPrompt, Voice
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.messages import EngineInfo, SchedulerStats
+
+SAMPLE_RATE = 24_000
+HOP = 960
+FRAMES_PER_CHAR = 2
+FRAMES_PER_CHUNK = 4
+RANDOM_SEED = 4711  # what the fake "draws" for a request without a seed
+
+
+class FakeVoices:
+    def __init__(self) -> None:
+        self._voices = {
+            name: Voice(voice_id=name, name=name.replace("_", " ").title(), is_default=default)
+            for name, default in (("en_woman", True), ("en_man", False), ("de_man", False))
+        }
+        self._aliases = {"alloy": "en_woman", "onyx": "en_man"}
+
+    def resolve(self, voice: str | None) -> Voice:
+        name = self._aliases.get(voice or "en_woman", voice or "en_woman")
+        if name not in self._voices:
+            known = ", ".join(self._voices)
+            raise UnknownVoiceError(f"voice {voice!r} is unknown; there are {known}", param="voice")
+        return self._voices[name]
+
+    def list(self) -> list[dict[str, Any]]:
+        return [
+            {"id": v.voice_id, "voice_id": v.voice_id, "name": v.name, "default": v.is_default}
+            for v in self._voices.values()
+        ]
+
+
+@dataclass
+class FakeEngine:
+    """Sine tones: two frames for each character, pitch from the seed."""
+
+    delay_s: float = 0.0  # before each chunk
+    start_error: Exception | None = None
+    fail_before: Exception | None = None  # raised before the first audio
+    fail_after: Exception | None = None  # raised after the first chunk
+    finish_reason: FinishReason = FinishReason.STOP
+    can_encode: bool = True
+    may_start: threading.Event = field(default_factory=threading.Event)
+    info: EngineInfo | None = None
+    voices: FakeVoices | None = None
+    seen: list[tuple[SpeechPrompt, SamplingParams, str]] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    is_ready: bool = False
+    is_dead: bool = False
+
+    def __post_init__(self) -> None:
+        self.may_start.set()
+        self._open = 0
+
+    async def start(self) -> None:
+        while not self.may_start.is_set():
+            await asyncio.sleep(0.005)
+        if self.start_error is not None:
+            raise self.start_error
+        self.info = EngineInfo(
+            architecture="fake",
+            num_codebooks=8,
+            sample_rate=SAMPLE_RATE,
+            hop_length=HOP,
+            can_encode=self.can_encode,
+            codec_fingerprint="0",
+            max_model_len=8192,
+            max_num_seqs=16,
+            num_kv_blocks=64,
+            device="cpu",
+            dtype="float32",
+            tokenizer_folder="",
+            model_folder="",
+        )
+        self.voices = FakeVoices()
+        self.is_ready = True
+
+    def kill(self) -> None:
+        self.is_dead = True
+        self.is_ready = False
+
+    async def wait_dead(self) -> None:
+        while not self.is_dead:
+            await asyncio.sleep(0.005)
+
+    def scheduler_stats(self) -> SchedulerStats:
+        return SchedulerStats(num_running=self._open, prefix_cache_hits=3)
+
+    async def shutdown(self) -> None:
+        self.is_ready = False
+
+    async def generate(
+        self,
+        prompt: SpeechPrompt,
+        params: SamplingParams,
+        request_id: str,
+        *,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[SpeechOutput]:
+        self.seen.append((prompt, params, request_id))
+        if self.fail_before is not None:
+            raise self.fail_before
+        seed = RANDOM_SEED if params.seed is None else params.seed
+        num_frames = FRAMES_PER_CHAR * len(prompt.text or "")
+        if params.max_tokens is not None:
+            num_frames = min(num_frames, max(0, params.max_tokens - 8))
+        samples = sine(num_frames * HOP, seed)
+        self._open += 1
+        try:
+            if num_frames == 0:
+                yield self._output(request_id, samples, seed, True, 0)
+            for start in range(0, num_frames, FRAMES_PER_CHUNK):
+                await asyncio.sleep(self.delay_s)
+                if self.is_dead:
+                    raise EngineDeadError("the engine process is gone")
+                end = min(num_frames, start + FRAMES_PER_CHUNK)
+                is_last = end == num_frames
+                yield self._output(request_id, samples[start * HOP : end * HOP], seed, is_last, end)
+                if self.fail_after is not None:
+                    raise self.fail_after
+        except (asyncio.CancelledError, GeneratorExit):
+            self.aborted.append(request_id)
+            raise
+        finally:
+            self._open -= 1
+
+    def _output(
+        self, request_id: str, audio: np.ndarray, seed: int, is_last: bool, num_frames: int
+    ) -> SpeechOutput:
+        ending: dict[str, Any] = {}
+        if is_last:
+            ending = {
+                "finish_reason": self.finish_reason,
+                "usage": Usage(
+                    prompt_tokens=12, completion_tokens=num_frames + 8, audio_tokens=num_frames
+                ),
+                "stats": SpeechStats(
+                    audio_duration_s=num_frames * HOP / SAMPLE_RATE,
+                    processing_time_s=0.5,
+                    time_to_first_audio_s=0.1,
+                ),
+            }
+        return SpeechOutput(
+            request_id=request_id,
+            audio=audio,
+            codes=np.zeros((8, 0), np.int16),
+            delayed_codes=np.zeros((0, 8), np.int16),
+            sample_rate=SAMPLE_RATE,
+            seed=seed,
+            **ending,
+        )
+
+
+def sine(num_samples: int, seed: int) -> np.ndarray:
+    times = np.arange(num_samples) / SAMPLE_RATE
+    return (0.5 * np.sin(2 * np.pi * (200 + seed % 400) * times)).astype(np.float32)
+
+
+@dataclass
+class LiveServer:
+    url: str
+    engine: FakeEngine
+    client: httpx.Client
+    host: EngineHost
+    fatal: threading.Event
+
+
+@contextlib.contextmanager
+def serve(engine: FakeEngine, *flags: str, wait_ready: bool = True) -> Iterator[LiveServer]:
+    """A server on a free port of 127.0.0.1, in a thread of its own."""
+    args = parse_serve_args(["--served-model-name", "tts-test", "tts-1", *flags])
+    fatal = threading.Event()
+    host = EngineHost(lambda: engine, on_fatal=fatal.set)
+    app = build_app(args, host)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            port=0,
+            log_level="critical",
+            timeout_graceful_shutdown=1,
+            root_path=args.server.root_path,
+        )
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        thread.join(0.005)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with httpx.Client(base_url=url, timeout=20) as client:
+        try:
+            if wait_ready:
+                while client.get("/health").status_code != 200:
+                    thread.join(0.005)
+            yield LiveServer(url, engine, client, host, fatal)
+        finally:
+            server.should_exit = True
+            thread.join(10)
+            assert not thread.is_alive(), "the server did not stop"
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[LiveServer]:
+    with serve(FakeEngine()) as server:
+        yield server
+
+
+@pytest.fixture
+def start_server() -> Iterator[Callable[..., LiveServer]]:
+    """Start servers with an engine and flags of one's own; they stop with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda engine=None, *flags, **options: stack.enter_context(
+            serve(engine or FakeEngine(), *flags, **options)
+        )
+
+
+@pytest.fixture
+def fake_engine() -> type[FakeEngine]:
+    return FakeEngine

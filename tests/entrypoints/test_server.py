@@ -1,0 +1,184 @@
+"""Routes beside speech, keys, headers, and the states of the engine behind the server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import httpx
+import pytest
+
+from vllm.entrypoints.bosonai.engine_host import EngineHost, HostState
+
+
+def test_ready(live: Any) -> None:
+    assert live.client.get("/health").content == b""
+    assert live.client.get("/ping").status_code == 200
+    assert set(live.client.get("/version").json()) == {"version"}
+
+
+def test_models(live: Any) -> None:
+    cards = live.client.get("/v1/models").json()["data"]
+    assert [card["id"] for card in cards] == ["tts-test", "tts-1"]
+    assert cards[0]["max_model_len"] == 8192
+    assert live.client.get("/v1/models/tts-1").json()["id"] == "tts-1"
+
+
+def test_a_model_name_may_hold_slashes(start_server: Any) -> None:
+    server = start_server(None, "--served-model-name", "org/name")
+    assert server.client.get("/v1/models/org/name").json()["id"] == "org/name"
+
+
+def test_the_embedded_model_says_that_it_makes_noise(live: Any, start_server: Any) -> None:
+    assert "noise" in live.client.get("/v1/models").json()["data"][0]["description"]
+    card = start_server(None, "--model", "some/model").client.get("/v1/models").json()["data"][0]
+    assert "description" not in card
+
+
+def test_voices(live: Any) -> None:
+    voices = live.client.get("/v1/audio/voices").json()["voices"]
+    assert [voice["id"] for voice in voices] == ["en_woman", "en_man", "de_man"]
+
+
+def test_loading(start_server: Any, fake_engine: Any) -> None:
+    engine = fake_engine()
+    engine.may_start.clear()
+    server = start_server(engine, wait_ready=False)
+    health = server.client.get("/health")
+    assert (health.status_code, health.json()["error"]["code"]) == (503, "overloaded")
+    assert health.headers["retry-after"] == "2"
+    assert server.client.get("/ping").status_code == 204
+    assert server.client.get("/v1/models").status_code == 200
+    assert server.client.get("/v1/audio/voices").status_code == 503
+    assert server.client.post("/v1/audio/speech", json={"input": "a"}).status_code == 503
+    engine.may_start.set()
+
+
+def test_an_engine_that_cannot_start(start_server: Any, fake_engine: Any) -> None:
+    server = start_server(fake_engine(start_error=RuntimeError("no memory")), wait_ready=False)
+    assert server.fatal.wait(10)
+    assert server.host.state is HostState.DEAD
+    assert server.client.get("/health").status_code == 503
+    assert server.client.get("/ping").status_code == 503
+
+
+def test_the_engines_death(start_server: Any, fake_engine: Any) -> None:
+    server = start_server(fake_engine(delay_s=0.02))
+    body = {"input": "a" * 500, "response_format": "pcm"}
+    with server.client.stream("POST", "/v1/audio/speech", json=body) as reply:
+        pieces = reply.iter_raw()
+        next(pieces)
+        server.engine.kill()
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(pieces)
+    assert server.fatal.wait(10)
+    assert server.client.get("/health").json()["error"]["code"] == "engine_dead"
+    assert server.client.post("/v1/audio/speech", json={"input": "a"}).status_code == 503
+
+
+def test_a_dead_engine_is_replaced_where_asked(fake_engine: Any) -> None:
+    engines = [fake_engine(), fake_engine()]
+    waiting = iter(engines)
+    host = EngineHost(lambda: next(waiting), restart=True)
+
+    async def scenario() -> None:
+        running = asyncio.create_task(host.run())
+        while host.state is not HostState.READY:
+            await asyncio.sleep(0.005)
+        engines[0].kill()
+        assert host.state is HostState.LOADING
+        while host.state is not HostState.READY:
+            await asyncio.sleep(0.005)
+        assert host.engine is engines[1]
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+    asyncio.run(scenario())
+
+
+def test_keys(start_server: Any) -> None:
+    server = start_server(None, "--api-key", "one", "two")
+    good = [{"Authorization": f"Bearer {key}"} for key in ("one", "two")]
+    bad = [{}, {"Authorization": "Bearer three"}, {"Authorization": "Basic one"}]
+    statuses = [server.client.get("/v1/models", headers=h).status_code for h in good + bad]
+    assert statuses == [200, 200, 401, 401, 401]
+    reply = server.client.post("/v1/audio/speech", content=b"x")
+    assert reply.status_code == 401
+    assert reply.json()["error"]["code"] == "invalid_api_key"
+    assert reply.headers["www-authenticate"] == "Bearer"
+    assert reply.headers["x-request-id"]
+
+
+def test_open_routes_need_no_key(start_server: Any) -> None:
+    server = start_server(None, "--api-key", "one")
+    for path in ("/health", "/ping", "/version", "/metrics", "/docs", "/openapi.json"):
+        assert server.client.get(path).status_code == 200
+
+
+def test_the_key_may_come_from_the_environment(
+    start_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    server = start_server()
+    assert server.client.get("/v1/models").status_code == 401
+
+
+def test_a_refused_request_has_cors_headers_too(start_server: Any) -> None:
+    server = start_server(None, "--api-key", "one")
+    reply = server.client.get("/v1/models", headers={"Origin": "http://page"})
+    assert reply.headers["access-control-allow-origin"] == "*"
+    exposed = reply.headers["access-control-expose-headers"]
+    assert "X-Seed" in exposed
+    assert "X-Finish-Reason" in exposed
+
+
+def test_preflight_needs_no_key(start_server: Any) -> None:
+    server = start_server(None, "--api-key", "one")
+    headers = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
+    assert server.client.options("/v1/audio/speech", headers=headers).status_code == 200
+
+
+def test_origins_can_be_limited(start_server: Any) -> None:
+    server = start_server(None, "--allowed-origins", '["http://mine"]')
+    reply = server.client.get("/health", headers={"Origin": "http://page"})
+    assert "access-control-allow-origin" not in reply.headers
+
+
+def test_the_documentation_can_be_hidden(start_server: Any) -> None:
+    server = start_server(None, "--disable-fastapi-docs")
+    for path in ("/docs", "/redoc", "/openapi.json"):
+        assert server.client.get(path).status_code == 404
+
+
+def test_a_prefix_stripped_by_a_proxy(start_server: Any) -> None:
+    server = start_server(None, "--root-path", "/tts", "--api-key", "one")
+    assert server.client.get("/v1/models").status_code == 401
+    key = {"Authorization": "Bearer one"}
+    assert server.client.get("/v1/models", headers=key).status_code == 200
+    assert server.client.get("/openapi.json").json()["servers"] == [{"url": "/tts"}]
+
+
+def test_foreign_middleware(start_server: Any) -> None:
+    server = start_server(None, "--middleware", "starlette.middleware.gzip.GZipMiddleware")
+    reply = server.client.get("/openapi.json", headers={"Accept-Encoding": "gzip"})
+    assert reply.headers["content-encoding"] == "gzip"
+
+
+def test_openapi_tells_the_truth(live: Any) -> None:
+    document = live.client.get("/openapi.json").json()
+    post = document["paths"]["/v1/audio/speech"]["post"]
+    assert set(post["responses"]) == {"200", "4XX", "5XX"}
+    assert "audio/mpeg" in post["responses"]["200"]["content"]
+    fields = document["components"]["schemas"]["AudioSpeechRequest"]
+    assert fields["required"] == ["input"]
+    assert {"ras_win_len", "max_completion_tokens", "ref_audio"} <= set(fields["properties"])
+
+
+def test_metrics_count_requests(start_server: Any) -> None:
+    server = start_server()
+    server.client.post("/v1/audio/speech", json={"input": "ab"})
+    page = server.client.get("/metrics").text
+    assert 'vllm:request_success_total{finished_reason="stop",model_name="tts-test"} 1.0' in page
+    assert 'vllm:audio_seconds_total{model_name="tts-test"} 0.16' in page

@@ -1,0 +1,342 @@
+"""The HTTP application: routes, middleware, life of the process (``python -m`` starts it).
+
+Loads no torch: the engine lives in a process of its own. What a request means is decided in
+``serving_audio``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from importlib import import_module
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from pydantic import BaseModel
+
+import vllm
+from vllm import envs
+from vllm.entrypoints.bosonai.engine_host import EngineClient, EngineHost, HostState
+from vllm.entrypoints.bosonai.middleware import (
+    ApiKeyMiddleware,
+    BodyRulesMiddleware,
+    LastResortMiddleware,
+    RequestIdMiddleware,
+)
+from vllm.entrypoints.bosonai.serving_audio import END_HEADERS, START_HEADERS, ServingAudio
+from vllm.entrypoints.cli_args import ServeArgs, parse_serve_args
+from vllm.entrypoints.openai.errors import install_error_handlers
+from vllm.entrypoints.openai.protocol import AudioSpeechRequest
+from vllm.exceptions import ConfigError, ModelNotFoundError
+from vllm.logger import configure_logging, get_logger
+from vllm.v1.metrics import CONTENT_TYPE, SpeechMetrics
+
+__all__ = ["build_app", "create_engine", "main", "run_server"]
+
+logger = get_logger(__name__)
+
+_DEATH_NOTICE_S = 1.0  # /health answers 503 this long before the process ends
+_KEEP_ALIVE_S = 5
+_EXPOSED_HEADERS = ("X-Request-Id", "Retry-After", *START_HEADERS, *END_HEADERS)
+_NOISE_NOTICE = "random weights: this model makes noise, not speech"
+
+
+class _ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class _ErrorBody(BaseModel):
+    """Every failure, with the older flat keys beside ``error``."""
+
+    error: _ErrorDetail
+    object: str
+    message: str
+    type: str
+    param: str | None
+    code: int
+    detail: str
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": _ErrorBody, "description": "The request is wrong"},
+    "5XX": {"model": _ErrorBody, "description": "The server cannot answer"},
+}
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_SPEECH_REPLIES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Audio in the format asked for, or server-sent events",
+        "content": {
+            **{f"audio/{name}": _BINARY for name in ("mpeg", "opus", "aac", "flac", "wav", "pcm")},
+            "text/event-stream": {"schema": {"type": "string"}},
+        },
+    },
+    **_ERRORS,
+}
+
+
+def build_app(args: ServeArgs, host: EngineHost) -> FastAPI:
+    """The application for one engine; starting and stopping it are part of its lifespan."""
+    pool = ThreadPoolExecutor(args.server.encoder_threads, thread_name_prefix="audio")
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        running = asyncio.create_task(host.run())
+        try:
+            yield
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await host.close()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    has_docs = not args.server.disable_fastapi_docs
+    app = FastAPI(
+        title="higgs-audio-vllm",
+        version=vllm.__version__,
+        description="Text to speech over an OpenAI-compatible API.",
+        lifespan=lifespan,
+        openapi_url="/openapi.json" if has_docs else None,
+    )
+    install_error_handlers(app)
+    _add_middleware(app, args)
+    _add_service_routes(app, args, host)
+    metrics = SpeechMetrics(
+        args.model_names[0],
+        lambda: host.engine.scheduler_stats() if host.state is HostState.READY else None,
+    )
+    _add_metrics_route(app, metrics)
+    _add_model_routes(app, args, host)
+    _add_audio_routes(app, host, ServingAudio(args, host, metrics, pool))
+    return app
+
+
+def _add_middleware(app: FastAPI, args: ServeArgs) -> None:
+    """Innermost first: the one added last sees a request first."""
+    config = args.server
+    for path in config.middleware:
+        _add_foreign_middleware(app, path)
+    app.add_middleware(BodyRulesMiddleware, max_bytes=config.max_body_bytes)
+    if config.keys:
+        app.add_middleware(ApiKeyMiddleware, keys=config.keys)
+    app.add_middleware(LastResortMiddleware)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=config.allowed_origins,
+        allow_methods=config.allowed_methods,
+        allow_headers=config.allowed_headers,
+        allow_credentials=config.allow_credentials,
+        expose_headers=_EXPOSED_HEADERS,
+    )
+    app.add_middleware(RequestIdMiddleware)
+
+
+def _add_foreign_middleware(app: FastAPI, path: str) -> None:
+    module_name, _, name = path.rpartition(".")
+    try:
+        found: Any = getattr(import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"--middleware {path}: {error}") from error
+    if inspect.iscoroutinefunction(found):
+        app.middleware("http")(found)
+        return
+    if not isinstance(found, type):
+        raise ConfigError(f"--middleware {path}: neither a class nor an async function")
+    factory: Any = found
+    app.add_middleware(factory)
+
+
+def _add_service_routes(app: FastAPI, args: ServeArgs, host: EngineHost) -> None:
+    @app.get("/health", response_class=Response, responses=_ERRORS)
+    async def health() -> Response:
+        """200 when requests are served, 503 while loading and when the engine is gone."""
+        host.ready_engine()
+        return Response()
+
+    @app.get("/ping", response_class=Response, responses={204: {"description": "Loading"}})
+    async def ping() -> Response:
+        """200 when requests are served, 204 while loading, 503 when the engine is gone."""
+        if host.state is HostState.LOADING:
+            return Response(status_code=204)
+        host.ready_engine()
+        return Response()
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": vllm.__version__}
+
+
+def _add_metrics_route(app: FastAPI, metrics: SpeechMetrics) -> None:
+    @app.get("/metrics", response_class=Response)
+    async def metrics_page() -> Response:
+        """Counters and histograms in Prometheus' text form."""
+        return Response(metrics.render(), media_type=CONTENT_TYPE)
+
+
+def _add_model_routes(app: FastAPI, args: ServeArgs, host: EngineHost) -> None:
+    created = int(time.time())
+
+    def card(name: str) -> dict[str, Any]:
+        info = host.engine.info
+        limit = info.max_model_len if info else args.engine.model.max_model_len
+        fields = {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "vllm",
+            "root": args.engine.model.model or args.model_names[0],
+            "parent": None,
+            "max_model_len": limit,
+            "permission": [],
+        }
+        if args.engine.uses_embedded_model:
+            fields["description"] = _NOISE_NOTICE
+        return fields
+
+    @app.get("/v1/models", responses=_ERRORS)
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [card(name) for name in args.model_names]}
+
+    @app.get("/v1/models/{model_id:path}", responses=_ERRORS)
+    async def retrieve_model(model_id: str) -> dict[str, Any]:
+        if model_id not in args.model_names:
+            raise ModelNotFoundError(
+                f"The model {model_id!r} does not exist; served here: {', '.join(args.model_names)}"
+            )
+        return card(model_id)
+
+
+def _add_audio_routes(app: FastAPI, host: EngineHost, serving: ServingAudio) -> None:
+    @app.get("/v1/audio/voices", responses=_ERRORS)
+    async def list_voices() -> dict[str, Any]:
+        voices = host.ready_engine().voices
+        assert voices is not None, "a ready engine has its voices"
+        return {"object": "list", "voices": voices.list()}
+
+    @app.post("/v1/audio/speech", response_class=Response, responses=_SPEECH_REPLIES)
+    async def create_speech(body: AudioSpeechRequest, raw: Request) -> Response:
+        """Speak a text."""
+        return await serving.create_speech(body, raw)
+
+
+def create_engine(args: ServeArgs) -> EngineClient:
+    """The real engine, not yet started."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_config(
+        args.engine,
+        voices_dir=args.server.presets_folder,
+        default_voice=args.server.default_voice,
+    )
+
+
+def run_server(args: ServeArgs) -> int:
+    """Serve until a signal or the engine's death; returns the exit status."""
+    configure_logging()
+    _log_start(args)
+    exit_status = 0
+
+    def on_fatal() -> None:
+        nonlocal exit_status
+        exit_status = 1
+        if envs.VLLM_KEEP_ALIVE_ON_ENGINE_DEATH:
+            return
+        asyncio.get_running_loop().call_later(_DEATH_NOTICE_S, _stop)
+
+    def _stop() -> None:
+        server.should_exit = True
+
+    try:
+        host = EngineHost(
+            lambda: create_engine(args), restart=args.server.restart_engine, on_fatal=on_fatal
+        )
+        app = build_app(args, host)
+        listener = _bind(args)
+    except ConfigError as error:
+        logger.error("%s", error)
+        return 2
+    server = uvicorn.Server(_uvicorn_config(app, args))
+    signal.signal(signal.SIGTERM, _exit_quietly)
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as ending:
+        return exit_status or int(ending.code or 0)
+    return exit_status
+
+
+def _exit_quietly(_signal: int, _frame: FrameType | None) -> None:
+    """uvicorn raises the signal once more after it has stopped; that is a clean end."""
+    raise SystemExit(0)
+
+
+def _log_start(args: ServeArgs) -> None:
+    for flag in args.ignored_flags:
+        logger.info("%s is accepted and has no effect", flag)
+    if args.engine.device.enforce_eager and args.engine.device.device == "cpu":
+        logger.info("--enforce-eager is accepted and has no effect on the CPU")
+    names = ", ".join(args.model_names)
+    notice = f" ({_NOISE_NOTICE})" if args.engine.uses_embedded_model else ""
+    logger.info("higgs-audio-vllm %s serves %s%s", vllm.__version__, names, notice)
+
+
+def _bind(args: ServeArgs) -> socket.socket:
+    """A listening socket; it accepts once the application has started.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    host, port = args.server.host or "0.0.0.0", args.server.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose --host or --port"
+        ) from error
+    logger.info(
+        "listening on %s:%d; /health is 503 until the model is ready", *listener.getsockname()[:2]
+    )
+    return listener
+
+
+def _uvicorn_config(app: FastAPI, args: ServeArgs) -> uvicorn.Config:
+    config = args.server
+    return uvicorn.Config(
+        app,
+        log_level=config.uvicorn_log_level,
+        access_log=not config.disable_uvicorn_access_log,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(config.shutdown_timeout)),
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_certfile=config.ssl_certfile,
+        ssl_ca_certs=config.ssl_ca_certs,
+        ssl_cert_reqs=config.ssl_cert_reqs,
+        root_path=config.root_path,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and serve."""
+    args = parse_serve_args(sys.argv[1:] if argv is None else argv)
+    return run_server(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

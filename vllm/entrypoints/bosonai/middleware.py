@@ -1,0 +1,205 @@
+"""What every request passes before its route: id, key, content type, size, and the last resort.
+
+Plain ASGI, so that replies are never buffered. Knows no route by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vllm.entrypoints.openai.errors import error_response, to_response
+from vllm.exceptions import HiggsAudioError, RequestAbortedError
+from vllm.logger import get_logger
+
+__all__ = [
+    "ApiKeyMiddleware",
+    "BodyRulesMiddleware",
+    "LastResortMiddleware",
+    "RequestIdMiddleware",
+    "unless_client_leaves",
+]
+
+logger = get_logger(__name__)
+
+_T = TypeVar("_T")
+_UNSAFE = re.compile(r"[^\x21-\x7e]")
+_MAX_ID_LENGTH = 128
+
+
+def _path_of(scope: Scope) -> str:
+    """Path without the prefix that a proxy stands for."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    if root and (path == root or path.startswith(root + "/")):
+        return path[len(root) :]
+    return path
+
+
+class RequestIdMiddleware:
+    """Gives each request the client's id or a random one, and sends it back."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = _UNSAFE.sub("", Headers(scope=scope).get("x-request-id", ""))[:_MAX_ID_LENGTH]
+        request_id = given or secrets.token_hex(16)
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class LastResortMiddleware:
+    """Turns an exception that no handler took into a 500, or breaks off a reply under way.
+
+    A reply that has begun cannot become an error any more. Returning without its last message
+    makes the server close the connection, so the client sees that the reply is incomplete.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_started = False
+
+        async def watch(message: Message) -> None:
+            nonlocal has_started
+            has_started = has_started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        except Exception as error:
+            if scope["type"] != "http":
+                raise
+            if not has_started:
+                await to_response(error)(scope, receive, send)
+                return
+            _log_broken_reply(error, scope["state"]["request_id"])
+
+
+def _log_broken_reply(error: Exception, request_id: str) -> None:
+    extra = {"request_id": request_id}
+    if isinstance(error.__cause__, HiggsAudioError):
+        error = error.__cause__  # Starlette wraps what it may not handle any more
+    if isinstance(error, RequestAbortedError):
+        logger.info("the client left before the reply was complete", extra=extra)
+    elif isinstance(error, HiggsAudioError):
+        logger.error("reply broken off: %s", error, extra=extra)
+    else:
+        logger.error("reply broken off", exc_info=error, extra=extra)
+
+
+class ApiKeyMiddleware:
+    """Asks for ``Authorization: Bearer KEY`` on every path below ``/v1``; OPTIONS is exempt."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not self._is_guarded(scope) or self._has_key(scope):
+            await self._app(scope, receive, send)
+            return
+        response = error_response(
+            401,
+            "Unauthorized: send 'Authorization: Bearer KEY' with a key of this server",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+        await response(scope, receive, send)
+
+    @staticmethod
+    def _is_guarded(scope: Scope) -> bool:
+        return scope["method"] != "OPTIONS" and _path_of(scope).startswith("/v1")
+
+    def _has_key(self, scope: Scope) -> bool:
+        kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        token = given.strip().encode("latin-1")
+        matches = [secrets.compare_digest(token, key) for key in self._keys]
+        return kind.lower() == "bearer" and any(matches)
+
+
+class BodyRulesMiddleware:
+    """Lets through only JSON bodies (415 otherwise) of bounded size (413 otherwise)."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if not _is_json(headers.get("content-type", "")):
+            response = error_response(
+                415, "Unsupported Media Type: Only 'application/json' is allowed"
+            )
+            await response(scope, receive, send)
+            return
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length) > self._max_bytes:
+            await to_response(self._too_large())(scope, receive, send)
+            return
+        await self._app(scope, self._counting(receive), send)
+
+    def _counting(self, receive: Receive) -> Receive:
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        return counted
+
+    def _too_large(self) -> HTTPException:
+        limit_mib = self._max_bytes / 2**20
+        return HTTPException(413, f"the body is larger than {limit_mib:g} MiB (--max-body-mib)")
+
+
+def _is_json(content_type: str) -> bool:
+    return content_type.partition(";")[0].strip().lower() == "application/json"
+
+
+async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
+    """Result of ``work``, which is cancelled and awaited when the client disconnects first.
+
+    Raises:
+        RequestAbortedError: the client left.
+    """
+    worker = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnection(receive))
+    try:
+        await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not worker.done():
+            raise RequestAbortedError("the client closed the connection")
+        return worker.result()
+    finally:
+        watcher.cancel()
+        worker.cancel()
+        await asyncio.gather(worker, watcher, return_exceptions=True)
+
+
+async def _disconnection(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,427 @@
+"""Command-line flags, made from the fields of the configurations, and what they are parsed into.
+
+Holds the HTTP server's own configuration and the tables of upstream flags that are accepted
+without effect or refused with advice. Starts nothing and looks at no file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from vllm import envs
+from vllm.config import EMBEDDED_MODEL_NAME, EngineConfig
+from vllm.exceptions import ConfigError
+from vllm.logger import get_logger
+
+__all__ = [
+    "IGNORED_FLAGS",
+    "REFUSED_FLAGS",
+    "ServeArgs",
+    "ServerConfig",
+    "add_engine_flags",
+    "normalize_flags",
+    "parse_engine_config",
+    "parse_serve_args",
+]
+
+logger = get_logger(__name__)
+
+
+def _option(default: Any, help_text: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"help": help_text, **extra})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """The HTTP side: where it listens, whom it lets in, which voices it offers."""
+
+    host: str | None = _option(None, "address to bind; default: all interfaces")
+    port: int = _option(8000, "port to bind; 0 takes a free one")
+    served_model_name: tuple[str, ...] = _option(
+        (), "one or more names for the model; the first is reported; default: --model"
+    )
+    api_key: tuple[str, ...] = _option(
+        (), "one or more keys that clients may send; default: VLLM_API_KEY"
+    )
+    voice_presets_dir: str | None = _option(
+        None, "folder with config.json and clips; default: the shipped voices"
+    )
+    voice_presets_refresh_interval: float = _option(
+        10.0, "seconds between looks at the presets folder"
+    )
+    default_voice: str | None = _option(
+        None, "voice of requests that name none; default: the presets' default"
+    )
+    audio_tokenizer_path: str | None = _option(
+        None, "folder of the codec; goes before --audio-tokenizer-type"
+    )
+    restart_engine: bool = _option(False, "start a new engine process when one dies")
+    request_timeout: float = _option(0.0, "seconds that a request may take; 0 is no limit")
+    shutdown_timeout: float = _option(5.0, "seconds that open requests get to finish after SIGTERM")
+    max_waiting_requests: int = _option(
+        1024, "requests that may wait for their first audio; more get a 503; 0 is no limit"
+    )
+    max_input_chars: int = _option(100_000, "longest input of a request; 0 is no limit")
+    max_body_mib: float = _option(32.0, "largest request body")
+    encoder_threads: int = _option(2, "threads that encode and stretch audio")
+    allow_ref_audio_urls: bool = _option(False, "fetch http(s) URLs given as ref_audio")
+    allowed_local_media_path: str | None = _option(
+        None, "folder below which file:// URLs given as ref_audio are read"
+    )
+    uvicorn_log_level: Literal["debug", "info", "warning", "error", "critical", "trace"] = _option(
+        "info", "log level of the HTTP server"
+    )
+    disable_uvicorn_access_log: bool = _option(False, "no line per request")
+    disable_fastapi_docs: bool = _option(False, "no /docs, /redoc and /openapi.json")
+    allow_credentials: bool = _option(False, "CORS: allow credentials")
+    allowed_origins: tuple[str, ...] = _option(("*",), "CORS: origins, as a JSON list", json=True)
+    allowed_methods: tuple[str, ...] = _option(("*",), "CORS: methods, as a JSON list", json=True)
+    allowed_headers: tuple[str, ...] = _option(("*",), "CORS: headers, as a JSON list", json=True)
+    ssl_keyfile: str | None = _option(None, "TLS key file")
+    ssl_certfile: str | None = _option(None, "TLS certificate file")
+    ssl_ca_certs: str | None = _option(None, "file of CA certificates for client certificates")
+    ssl_cert_reqs: int = _option(0, "whether client certificates are required (ssl module)")
+    root_path: str = _option("", "path prefix that a proxy in front strips")
+    middleware: tuple[str, ...] = _option(
+        (), "import path of an ASGI middleware; may be repeated", append=True
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port {self.port}: 0 to 65535")
+        if self.encoder_threads < 1:
+            raise ConfigError(f"--encoder-threads {self.encoder_threads}: at least 1")
+        if self.voice_presets_refresh_interval <= 0:
+            raise ConfigError(
+                f"--voice-presets-refresh-interval {self.voice_presets_refresh_interval}: above 0"
+            )
+        for name in (
+            "request_timeout",
+            "shutdown_timeout",
+            "max_waiting_requests",
+            "max_input_chars",
+            "max_body_mib",
+        ):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{_flag_name(name)} {getattr(self, name)}: 0 or more")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys that open the API; none leaves it open to all."""
+        if self.api_key:
+            return self.api_key
+        return (envs.VLLM_API_KEY,) if envs.VLLM_API_KEY else ()
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mib * 2**20)
+
+    @property
+    def presets_folder(self) -> Path | None:
+        return Path(self.voice_presets_dir) if self.voice_presets_dir else None
+
+
+@dataclass(frozen=True)
+class ServeArgs:
+    """What the command line of the server says, in full."""
+
+    engine: EngineConfig
+    server: ServerConfig
+    ignored_flags: tuple[str, ...] = ()
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names under which the model is served; the first is reported in answers."""
+        return self.server.served_model_name or (self.engine.model.model or EMBEDDED_MODEL_NAME,)
+
+
+# upstream flag -> number of values it takes
+IGNORED_FLAGS: dict[str, int] = {
+    "--limit-mm-per-prompt": 1,
+    "--disable-mm-preprocessor-cache": 0,
+    "--trust-remote-code": 0,
+    "--swap-space": 1,
+    "--disable-log-requests": 0,
+    "--enable-request-id-headers": 0,
+}
+
+_NO_CHAT = "chat completions are not served; use POST /v1/audio/speech"
+_NO_QUANT = "weights are served as they are; choose their type with --dtype"
+_NO_PARALLEL = "one device serves a model; start one server per device"
+_NO_SPECULATION = "frames are generated one by one; nothing replaces it"
+_PRESETS = "clone with a preset voice (--voice-presets-dir) or with ref_audio in the request"
+
+# upstream flag -> what to use instead
+REFUSED_FLAGS: dict[str, str] = {
+    "--quantization": _NO_QUANT,
+    "-q": _NO_QUANT,
+    "--kv-cache-dtype": "the KV cache has the type of the weights; choose it with --dtype",
+    "--calculate-kv-scales": "the KV cache has the type of the weights; choose it with --dtype",
+    "--load-format": "the layout of a checkpoint is detected; convert others to safetensors",
+    "--config-format": "the layout of a checkpoint is detected",
+    "--model-loader-extra-config": "the layout of a checkpoint is detected",
+    "--model-impl": "the model is chosen from its checkpoint",
+    "--hf-config-path": "give a folder with config.json as --model",
+    "--hf-overrides": "edit config.json in a local copy and give its folder as --model",
+    "--hf-token": "set HF_TOKEN in the environment",
+    "--tokenizer-mode": "the checkpoint's tokenizer.json is used",
+    "--tokenizer-revision": "download that revision and give its folder as --tokenizer",
+    "--code-revision": "no code is loaded from checkpoints",
+    "--skip-tokenizer-init": "send prompt ids through the Python API: SpeechPrompt",
+    "--seed": "send seed in each request; without one a random seed is drawn and reported",
+    "--generation-config": "send temperature, top_p and top_k in each request",
+    "--override-generation-config": "send temperature, top_p and top_k in each request",
+    "--max-seq-len-to-capture": "--max-model-len",
+    "--num-gpu-blocks-override": "--kv-cache-memory, in bytes",
+    "--kv-cache-memory-bytes": "--kv-cache-memory",
+    "--cpu-offload-gb": "lower --max-model-len or --max-num-seqs to save memory",
+    "--pipeline-parallel-size": _NO_PARALLEL,
+    "-pp": _NO_PARALLEL,
+    "--data-parallel-size": _NO_PARALLEL,
+    "-dp": _NO_PARALLEL,
+    "--enable-expert-parallel": _NO_PARALLEL,
+    "--distributed-executor-backend": _NO_PARALLEL,
+    "--worker-cls": _NO_PARALLEL,
+    "--disable-custom-all-reduce": _NO_PARALLEL,
+    "--num-scheduler-steps": "steps are scheduled one by one",
+    "--scheduling-policy": "requests are served first come, first served",
+    "--enable-chunked-prefill": "it is always on; bound it with --max-num-batched-tokens",
+    "--max-num-partial-prefills": "--prefill-min-requests and --max-num-batched-tokens",
+    "--max-long-partial-prefills": "--max-num-batched-tokens",
+    "--long-prefill-token-threshold": "--max-num-batched-tokens",
+    "--speculative-config": _NO_SPECULATION,
+    "--speculative-model": _NO_SPECULATION,
+    "--num-speculative-tokens": _NO_SPECULATION,
+    "--compilation-config": "--enforce-eager switches CUDA graphs off",
+    "-O": "--enforce-eager switches CUDA graphs off",
+    "--enable-lora": _PRESETS,
+    "--lora-modules": _PRESETS,
+    "--max-loras": _PRESETS,
+    "--max-lora-rank": _PRESETS,
+    "--enable-prompt-adapter": _PRESETS,
+    "--prompt-adapters": _PRESETS,
+    "--chat-template": _NO_CHAT,
+    "--chat-template-content-format": _NO_CHAT,
+    "--response-role": _NO_CHAT,
+    "--return-tokens-as-token-ids": _NO_CHAT,
+    "--enable-auto-tool-choice": _NO_CHAT,
+    "--tool-call-parser": _NO_CHAT,
+    "--tool-parser-plugin": _NO_CHAT,
+    "--enable-reasoning": _NO_CHAT,
+    "--reasoning-parser": _NO_CHAT,
+    "--guided-decoding-backend": _NO_CHAT,
+    "--logits-processor-pattern": _NO_CHAT,
+    "--max-logprobs": "audio replies carry no log probabilities",
+    "--task": "this server speaks; there is no other task",
+    "--enable-prompt-tokens-details": "usage is in the headers and in the SSE done event",
+    "--enable-server-load-tracking": "read vllm:num_requests_running from /metrics",
+    "--disable-log-stats": "nothing is logged per interval; read /metrics",
+    "--max-log-len": "prompts are not logged",
+    "--enable-sleep-mode": "stop the server to free the card",
+    "--enable-ssl-refresh": "restart the server when certificates change",
+    "--disable-frontend-multiprocessing": "use vllm.LLM to run the engine in your process",
+    "--api-server-count": "start several servers behind a balancer",
+    "--headless": "start one server per device",
+    "--mm-processor-kwargs": "clips are prepared by the codec's own rules",
+    "--disable-mm-processor-cache": "--no-enable-prefix-caching",
+    "--allowed-media-domains": "--allow-ref-audio-urls",
+    "--otlp-traces-endpoint": "read /metrics",
+    "--collect-detailed-traces": "read /metrics",
+    "--show-hidden-metrics-for-version": "read /metrics",
+    "--use-v2-block-manager": "there is one block manager",
+    "--preemption-mode": "preempted requests keep or swap their pages",
+    "--config": "write the flags on the command line",
+}
+
+
+def parse_serve_args(argv: Sequence[str] | None, *, prog: str | None = None) -> ServeArgs:
+    """Parse the server's command line; a wrong flag ends the program with status 2."""
+    parser = _make_parser(prog)
+    namespace = parser.parse_args(normalize_flags(argv))
+    return _collect_serve_args(parser, namespace)
+
+
+def _make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Parser of the server's command line."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [MODEL] [flags]  (--help lists them)",
+        description="Serve speech over an OpenAI-compatible API.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_serve_flags(parser)
+    return parser
+
+
+def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    """Every flag of the server, and MODEL as an argument of its own."""
+    parser.add_argument(
+        "model_tag", nargs="?", metavar="MODEL", help="same as --model", default=None
+    )
+    _add_fields(parser.add_argument_group("HTTP server"), ServerConfig)
+    add_engine_flags(parser)
+
+
+def _collect_serve_args(
+    parser: argparse.ArgumentParser, namespace: argparse.Namespace
+) -> ServeArgs:
+    """Configurations from what ``parser`` has parsed."""
+    values = vars(namespace)
+    try:
+        server = ServerConfig(**_values_of(ServerConfig, values))
+        engine = parse_engine_config(
+            {**values, "model": values["model"] or values["model_tag"]},
+            audio_tokenizer_path=server.audio_tokenizer_path,
+        )
+    except ConfigError as error:
+        parser.error(str(error))
+    return ServeArgs(engine, server, tuple(values["ignored_flags"]))
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per field of ``EngineConfig``, and upstream's that have no field here."""
+    for concern in dataclasses.fields(EngineConfig):
+        part = get_type_hints(EngineConfig)[concern.name]
+        _add_fields(parser.add_argument_group(f"engine: {concern.name}"), part)
+    group = parser.add_argument_group("accepted without effect")
+    group.set_defaults(ignored_flags=[])
+    for flag, num_values in IGNORED_FLAGS.items():
+        group.add_argument(
+            flag, action=_Ignore, nargs=num_values, default=argparse.SUPPRESS, help="no effect"
+        )
+    group.add_argument(
+        "--tensor-parallel-size",
+        "-tp",
+        action=_OnlyOne,
+        type=int,
+        default=argparse.SUPPRESS,
+        help="1 is the only value",
+    )
+    for flag, advice in REFUSED_FLAGS.items():
+        parser.add_argument(
+            flag,
+            action=_Refuse,
+            nargs="*",
+            default=argparse.SUPPRESS,
+            const=advice,
+            help=argparse.SUPPRESS,
+        )
+
+
+def parse_engine_config(
+    values: dict[str, Any], *, audio_tokenizer_path: str | None = None
+) -> EngineConfig:
+    """Engine configuration from parsed flags; surplus names are left alone.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+    options: dict[str, Any] = {}
+    for part in get_type_hints(EngineConfig).values():
+        options.update(_values_of(part, values))
+    if audio_tokenizer_path is not None:
+        options["audio_tokenizer_type"] = audio_tokenizer_path
+    return EngineConfig.from_options(**options)
+
+
+def normalize_flags(argv: Sequence[str] | None) -> list[str] | None:
+    """Dashes for underscores in flag names, which users of vLLM may write either way."""
+    if argv is None:
+        return None
+    flags = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        flags.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
+    return flags
+
+
+def _flag_name(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def _values_of(part: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    chosen = {f.name: values[f.name] for f in dataclasses.fields(part) if f.name in values}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()
+    }
+
+
+def _add_fields(group: argparse._ArgumentGroup, part: type[Any]) -> None:
+    hints = get_type_hints(part)
+    for item in dataclasses.fields(part):
+        group.add_argument(
+            _flag_name(item.name),
+            default=list(item.default) if isinstance(item.default, tuple) else item.default,
+            help=item.metadata["help"].replace("%", "%%"),
+            **_argument_form(hints[item.name], dict(item.metadata)),
+        )
+
+
+def _argument_form(hint: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+    """How argparse reads a field of type ``hint``."""
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if metadata.get("json"):
+        return {"type": _json_list, "metavar": "JSON"}
+    if metadata.get("append"):
+        return {"action": "append"}
+    if get_origin(hint) is tuple:
+        return {"nargs": "+", "type": get_args(hint)[0], "metavar": "VALUE"}
+    if get_origin(hint) in (Union, UnionType):
+        return {"type": next(kind for kind in get_args(hint) if kind is not NoneType)}
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    return {"type": hint}
+
+
+def _json_list(text: str) -> list[str]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON list of strings, as '[\"*\"]'")
+    return value
+
+
+class _Ignore(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.ignored_flags = [*namespace.ignored_flags, option_string]
+
+
+class _OnlyOne(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if values != 1:
+            parser.error(f"{option_string} {values} is not supported: {_NO_PARALLEL}")
+        namespace.ignored_flags = [*namespace.ignored_flags, option_string]
+
+
+class _Refuse(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        parser.error(f"{option_string} is not supported: {self.const}")
