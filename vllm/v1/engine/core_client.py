@@ -99,7 +99,7 @@ class IpcClient:
 
         from vllm.v1.engine.ipc import encode_config
 
-        self._folder = tempfile.mkdtemp(prefix="higgs-audio-")
+        self._folder = tempfile.mkdtemp(prefix="vllm-engine-")
         address = f"ipc://{self._folder}/engine"
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.SNDHWM, 0)

@@ -21,7 +21,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.seeds import derive_seed
 from vllm.v1.engine.messages import ClipData, EngineCoreOutput, EngineCoreRequest, EngineInfo
 
-__all__ = ["Guards", "Part", "SpeechTask"]
+__all__ = ["Guards", "Part", "SpeechTask", "frames_of"]
 
 # A part that ends so has said what it could; the text goes on with the next one.
 _GOES_ON = frozenset({FinishReason.STOP, FinishReason.SILENCE, FinishReason.TEXT_LENGTH})
