@@ -339,7 +339,7 @@ def test_a_clip_of_the_request_is_decoded_at_the_codecs_rate(
 ) -> None:
     server = start_server()
     reply = speak(server, ref_audio=prefix + clip_base64(), ref_text="Words.")
-    assert reply.headers["x-voice"] == "ref_audio"
+    assert reply.headers["x-voice"] == "custom"
     prompt = server.engine.seen[-1][0]
     assert len(prompt.ref_audio) == 13 * 960
     assert prompt.ref_text == "Words."

@@ -39,6 +39,7 @@ from vllm.entrypoints.openai.errors import install_error_handlers
 from vllm.entrypoints.openai.protocol import AudioSpeechRequest
 from vllm.exceptions import ConfigError, ModelNotFoundError
 from vllm.logger import configure_logging, get_logger
+from vllm.v1.engine.messages import EngineInfo
 from vllm.v1.metrics import CONTENT_TYPE, SpeechMetrics
 
 __all__ = ["build_app", "create_engine", "main", "run_server"]
@@ -233,13 +234,18 @@ def _add_audio_routes(app: FastAPI, host: EngineHost, serving: ServingAudio) -> 
 
 def create_engine(args: ServeArgs) -> EngineClient:
     """The real engine, not yet started."""
+    from vllm.entrypoints.bosonai.voices import VoiceLibrary
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    return AsyncLLM.from_config(
-        args.engine,
-        voices_dir=args.server.presets_folder,
-        default_voice=args.server.default_voice,
-    )
+    def make_voices(info: EngineInfo) -> VoiceLibrary:
+        return VoiceLibrary.for_engine(
+            info,
+            folder=args.server.presets_folder,
+            default_voice=args.server.default_voice,
+            refresh_interval_s=args.server.voice_presets_refresh_interval,
+        )
+
+    return AsyncLLM(args.engine, make_voices)
 
 
 def run_server(args: ServeArgs) -> int:

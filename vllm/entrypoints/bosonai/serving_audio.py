@@ -66,7 +66,7 @@ END_HEADERS = (
     "X-Finish-Reason",
 )
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-_CLONED_VOICE = "ref_audio"
+_CLONED_VOICE = "custom"  # as the engine calls it
 
 
 class ServingAudio:

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.audio import FORMATS, MAX_SPEED, MIN_SPEED, TimeStretch, lookup, make_encoder
 from vllm.config import EngineConfig
@@ -49,7 +49,11 @@ def run(argv: Sequence[str]) -> int:
     configure_logging("warning")
     from vllm.entrypoints.llm import LLM
 
-    output = LLM(**options).generate([prompt], params)[0]
+    llm = LLM(voices_dir=arguments.voice_presets_dir, **options)
+    try:
+        output = llm.generate([prompt], params)[0]
+    finally:
+        llm.shutdown()
     num_bytes = _write(output, arguments.output, arguments.speed)
     print(
         f"{arguments.output}: {num_bytes} bytes, {output.stats.audio_duration_s:.2f} s of audio, "
@@ -60,8 +64,12 @@ def run(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vllm say", usage='%(prog)s "TEXT" -o FILE [flags]', allow_abbrev=False
+        prog="vllm say",
+        usage='%(prog)s "TEXT" -o FILE [flags]',
+        allow_abbrev=False,
+        conflict_handler="resolve",  # --seed is refused for a server, and means something here
     )
+    add_engine_flags(parser)
     parser.add_argument("text", metavar="TEXT", help="what to speak; - reads standard input")
     parser.add_argument(
         "-o",
@@ -72,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"its extension is the format: {', '.join(FORMATS)}",
     )
     parser.add_argument("--voice", help="id or alias of a voice; default: the default voice")
+    parser.add_argument(
+        "--voice-presets-dir", metavar="DIR", help="folder with config.json and clips"
+    )
     parser.add_argument("--seed", type=int, help="0 or more; drawn at random when absent")
     parser.add_argument("--temperature", type=float, default=SamplingParams.temperature)
     parser.add_argument(
@@ -79,13 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--instructions", help="how to speak; joins the voice's scene")
     parser.add_argument("--language", help="ISO 639-1 code, for sentence splitting")
-    add_engine_flags(parser)
     return parser
 
 
-def _engine_options(config: EngineConfig) -> dict[str, object]:
+def _engine_options(config: EngineConfig) -> dict[str, Any]:
     """Flat options, as ``LLM`` takes them."""
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     for concern in dataclasses.fields(config):
         part = getattr(config, concern.name)
         options.update({item.name: getattr(part, item.name) for item in dataclasses.fields(part)})

@@ -15,6 +15,7 @@ from typing import Final
 
 import zmq
 
+from vllm.exceptions import HiggsAudioError
 from vllm.logger import configure_logging, get_logger
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.ipc import decode_command, decode_config, encode_outputs
@@ -68,7 +69,8 @@ def main(address: str) -> int:
         connection.send(EngineCoreOutputs(info=core.info))
         _run(core, connection)
     except Exception as error:  # the process edge: say why, then die
-        logger.exception("the engine process ends")
+        is_surprise = not isinstance(error, HiggsAudioError)
+        logger.error("the engine process ends: %s", error, exc_info=is_surprise)
         connection.send(EngineCoreOutputs(failure=f"{type(error).__name__}: {error}"))
         return 1
     finally:

@@ -1,0 +1,234 @@
+"""The real server with a real engine behind a socket: a small random checkpoint on the CPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+READY_LIMIT_S = 90
+REQUEST = {"input": "Hello, this is a test.", "seed": 42, "max_tokens": 60}
+
+
+class RealServer:
+    """A server process; its log is read along, so that it never blocks."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        command = [sys.executable, "-m", "vllm.entrypoints.bosonai.api_server"]
+        model = ["--model", str(folder / "lm"), "--audio-tokenizer-type", str(folder / "codec")]
+        place = ["--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", "0"]
+        size = ["--max-num-seqs", "16", "--max-model-len", "1024", "--cpu-threads", "1"]
+        self.process = subprocess.Popen(
+            [*command, *model, *place, *size, *flags],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self.log: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self._port()}", timeout=60)
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.log.extend(iter(self.process.stderr.readline, ""))
+
+    def _port(self) -> int:
+        return int(self._wait(lambda: re.search(r"listening on \S+:(\d+)", "".join(self.log)))[1])
+
+    def _wait(self, condition: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + READY_LIMIT_S
+        while time.monotonic() < deadline:
+            found = condition()
+            if found:
+                return found
+            assert self.process.poll() is None, "".join(self.log)
+            time.sleep(0.05)
+        raise AssertionError("".join(self.log))
+
+    def wait_ready(self) -> RealServer:
+        self._wait(lambda: self._health() == 200)
+        return self
+
+    def _health(self) -> int | None:
+        try:
+            return self.client.get("/health").status_code
+        except httpx.TransportError:
+            return None  # bound, not yet accepting
+
+    def wait_ended(self) -> int:
+        status = self.process.wait(15)
+        self._reader.join(5)
+        return status
+
+    def engine_processes(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def pcm(self, **fields: Any) -> bytes:
+        body = {**REQUEST, "response_format": "pcm", **fields}
+        reply = self.client.post("/v1/audio/speech", json=body)
+        assert reply.status_code == 200, reply.text
+        return reply.content
+
+    def close(self) -> None:
+        self.client.close()
+        for process in [*self.engine_processes(), self.process] if self._is_alive() else []:
+            process.kill()
+        self.process.wait(10)
+        self._reader.join(5)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+    def _is_alive(self) -> bool:
+        return self.process.poll() is None
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vllm.checkpoints import run_make
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    run_make(folder, layout="boson", size="tiny", seed=1)
+    return folder
+
+
+@pytest.fixture
+def start_real(checkpoint: Path) -> Iterator[Callable[..., RealServer]]:
+    servers: list[RealServer] = []
+
+    def start(*flags: str) -> RealServer:
+        servers.append(RealServer(checkpoint, *flags))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path) -> Iterator[RealServer]:
+    server = RealServer(checkpoint)
+    try:
+        yield server.wait_ready()
+    finally:
+        server.close()
+
+
+def test_the_same_seed_gives_the_same_bytes_alone_and_among_sixteen(server: RealServer) -> None:
+    alone = server.pcm()
+    assert len(alone) > 2 * 960
+    bodies = [{"seed": 100 + i, "input": f"Another text, number {i}."} for i in range(15)]
+    bodies.insert(7, {})
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda body: server.pcm(**body), bodies))
+    assert together[7] == alone
+    assert len(set(together)) == 16
+    assert server.pcm(stream=False) == alone
+
+
+@pytest.mark.parametrize("name", ["mp3", "opus", "aac", "flac", "wav"])
+def test_equal_requests_give_equal_files(server: RealServer, name: str) -> None:
+    assert server.pcm(response_format=name) == server.pcm(response_format=name)
+
+
+def test_usage_of_a_complete_file(server: RealServer) -> None:
+    body = {**REQUEST, "response_format": "pcm", "stream": False}
+    reply = server.client.post("/v1/audio/speech", json=body)
+    audio_tokens = int(reply.headers["x-usage-audio-tokens"])
+    assert len(reply.content) == audio_tokens * 960 * 2
+    assert int(reply.headers["x-usage-completion-tokens"]) <= 60
+    assert reply.headers["x-seed"] == "42"
+    assert float(reply.headers["x-realtime-factor"]) > 0
+
+
+def test_voices_and_aliases(server: RealServer) -> None:
+    voices = server.client.get("/v1/audio/voices").json()["voices"]
+    ids = {voice["id"] for voice in voices}
+    assert {"en_man", "en_woman", "de_man", "de_woman", "zh_man", "zh_woman"} <= ids
+    assert server.pcm(voice="alloy")
+    reply = server.client.post("/v1/audio/speech", json={**REQUEST, "voice": "nobody"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "voice")
+
+
+def test_a_client_that_leaves_frees_its_place(server: RealServer) -> None:
+    body = {"input": "a long text " * 20, "seed": 1, "response_format": "pcm"}
+    with server.client.stream("POST", "/v1/audio/speech", json=body) as reply:
+        pieces = reply.iter_raw()
+        next(pieces)
+    server._wait(lambda: 'num_requests_running{model_name="' in server.client.get("/metrics").text)
+    server._wait(
+        lambda: re.search(r"num_requests_running\{[^}]*\} 0\.0", server.client.get("/metrics").text)
+    )
+    assert server.pcm()
+
+
+def test_the_http_process_is_light(server: RealServer) -> None:
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "libtorch" not in maps
+    assert psutil.Process(server.process.pid).memory_info().rss < 200 * 2**20
+
+
+def test_the_engines_death_ends_streams_and_server(start_real: Callable[..., RealServer]) -> None:
+    server = start_real().wait_ready()
+    body = {"input": "a long text " * 20, "seed": 1, "response_format": "pcm"}
+    with server.client.stream("POST", "/v1/audio/speech", json=body) as reply:
+        pieces = reply.iter_raw()
+        next(pieces)
+        for process in server.engine_processes():
+            process.send_signal(signal.SIGKILL)
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(pieces)
+    assert server._health() in (503, None)
+    assert server.wait_ended() == 1
+
+
+def test_sigterm_ends_everything_cleanly(start_real: Callable[..., RealServer]) -> None:
+    server = start_real("--shutdown-timeout", "1").wait_ready()
+    engines = server.engine_processes()
+    assert engines
+    body = {"input": "a long text " * 20, "seed": 1, "response_format": "pcm"}
+    with server.client.stream("POST", "/v1/audio/speech", json=body) as reply:
+        pieces = reply.iter_raw()
+        next(pieces)
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(pieces)
+    assert server.wait_ended() == 0
+    assert not any(process.is_running() for process in engines)
+
+
+def test_sigterm_while_loading(start_real: Callable[..., RealServer]) -> None:
+    server = start_real()
+    server._wait(lambda: server._health() == 503)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait_ended() == 0
+
+
+def test_a_new_engine_takes_over_where_asked(start_real: Callable[..., RealServer]) -> None:
+    server = start_real("--restart-engine").wait_ready()
+    before = server.pcm()
+    for process in server.engine_processes():
+        process.send_signal(signal.SIGKILL)
+    server._wait(lambda: server._health() == 503)
+    server.wait_ready()
+    assert server.pcm() == before
+
+
+def test_a_model_that_is_not_there(start_real: Callable[..., RealServer], tmp_path: Path) -> None:
+    server = start_real("--model", str(tmp_path / "nothing"))
+    assert server.wait_ended() == 1
+    assert "nothing" in "".join(server.log)
+    assert "Traceback" not in "".join(server.log)
