@@ -1,0 +1,1 @@
+"""Programs that measure: run one with ``scripts/bench NAME`` or ``python -m benchmarks.NAME``."""
