@@ -66,6 +66,7 @@ class FakeEngine:
     info: EngineInfo | None = None
     voices: FakeVoices | None = None
     seen: list[tuple[SpeechPrompt, SamplingParams, str]] = field(default_factory=list)
+    timeouts: list[float | None] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     is_ready: bool = False
     is_dead: bool = False
@@ -120,6 +121,7 @@ class FakeEngine:
         timeout_s: float | None = None,
     ) -> AsyncIterator[SpeechOutput]:
         self.seen.append((prompt, params, request_id))
+        self.timeouts.append(timeout_s)
         if self.fail_before is not None:
             raise self.fail_before
         seed = RANDOM_SEED if params.seed is None else params.seed

@@ -7,6 +7,7 @@ import io
 import json
 import time
 import wave
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import av
@@ -281,13 +282,24 @@ def test_a_client_that_leaves_before_the_reply_aborts_it(
 
 
 def test_too_many_waiting_requests_are_refused(start_server: Any, fake_engine: Any) -> None:
-    server = start_server(fake_engine(delay_s=30.0), "--max-waiting-requests", "1")
-    with httpx.Client(base_url=server.url) as first:
-        with pytest.raises(httpx.ReadTimeout):
-            first.post("/v1/audio/speech", json={"input": "a"}, timeout=0.2)
-        wait_until(lambda: server.engine.aborted)
-    server.engine.delay_s = 0.0
-    assert speak(server).status_code == 200
+    server = start_server(fake_engine(delay_s=0.4), "--max-waiting-requests", "1")
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(speak, server)
+        wait_until(lambda: server.engine.seen)
+        refused = httpx.post(f"{server.url}/v1/audio/speech", json={"input": "a"})
+        assert first.result().status_code == 200
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "overloaded"
+    assert len(server.engine.seen) == 1
+
+
+def test_a_request_that_takes_too_long_is_told_so(start_server: Any, fake_engine: Any) -> None:
+    server = start_server(
+        fake_engine(finish_reason=FinishReason.DEADLINE), "--request-timeout", "2.5"
+    )
+    assert speak(server, stream=False).headers["x-finish-reason"] == "deadline"
+    assert server.engine.timeouts == [2.5]
+    assert speak(server, max_tokens=8).status_code == 503
 
 
 def test_request_fields_reach_the_engine(start_server: Any) -> None:

@@ -33,6 +33,7 @@ from vllm.entrypoints.bosonai.middleware import (
     LastResortMiddleware,
     RequestIdMiddleware,
 )
+from vllm.entrypoints.bosonai.reference_audio import ReferenceAudioLoader
 from vllm.entrypoints.bosonai.serving_audio import END_HEADERS, START_HEADERS, ServingAudio
 from vllm.entrypoints.cli_args import ServeArgs, parse_serve_args
 from vllm.entrypoints.openai.errors import install_error_handlers
@@ -44,10 +45,11 @@ from vllm.v1.metrics import CONTENT_TYPE, SpeechMetrics
 
 __all__ = ["build_app", "create_engine", "main", "run_server"]
 
-logger = get_logger(__name__)
+logger = get_logger("vllm.server")  # the module is __main__ when it is run
 
 _DEATH_NOTICE_S = 1.0  # /health answers 503 this long before the process ends
 _KEEP_ALIVE_S = 5
+_CLIP_THREADS = 2
 _EXPOSED_HEADERS = ("X-Request-Id", "Retry-After", *START_HEADERS, *END_HEADERS)
 _NOISE_NOTICE = "random weights: this model makes noise, not speech"
 
@@ -90,7 +92,9 @@ _SPEECH_REPLIES: dict[int | str, dict[str, Any]] = {
 
 def build_app(args: ServeArgs, host: EngineHost) -> FastAPI:
     """The application for one engine; starting and stopping it are part of its lifespan."""
-    pool = ThreadPoolExecutor(args.server.encoder_threads, thread_name_prefix="audio")
+    encoders = ThreadPoolExecutor(args.server.encoder_threads, thread_name_prefix="encoder")
+    # Clips have threads of their own: a slow download must not hold up the audio of others.
+    clips = ThreadPoolExecutor(_CLIP_THREADS, thread_name_prefix="clip")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -101,7 +105,8 @@ def build_app(args: ServeArgs, host: EngineHost) -> FastAPI:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
             await host.close()
-            pool.shutdown(wait=False, cancel_futures=True)
+            for pool in (encoders, clips):
+                pool.shutdown(wait=False, cancel_futures=True)
 
     has_docs = not args.server.disable_fastapi_docs
     app = FastAPI(
@@ -120,7 +125,8 @@ def build_app(args: ServeArgs, host: EngineHost) -> FastAPI:
     )
     _add_metrics_route(app, metrics)
     _add_model_routes(app, args, host)
-    _add_audio_routes(app, host, ServingAudio(args, host, metrics, pool))
+    loader = ReferenceAudioLoader(args.server, clips)
+    _add_audio_routes(app, host, ServingAudio(args, host, metrics, encoders, loader))
     return app
 
 

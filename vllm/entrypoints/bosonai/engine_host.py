@@ -122,6 +122,7 @@ class EngineHost:
         try:
             while True:
                 await self._engine.start()
+                logger.info("ready")
                 await self._engine.wait_dead()
                 logger.error("the engine process died")
                 if not self._restart:

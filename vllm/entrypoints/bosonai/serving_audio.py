@@ -70,10 +70,23 @@ _CLONED_VOICE = "custom"  # as the engine calls it
 
 
 class ServingAudio:
-    """Answers ``POST /v1/audio/speech``."""
+    """Answers ``POST /v1/audio/speech``.
+
+    Args:
+        args: model names, limits and defaults.
+        host: of the engine.
+        metrics: where requests are counted.
+        pool: threads that encode and stretch.
+        clips: reads the clips that requests bring along.
+    """
 
     def __init__(
-        self, args: ServeArgs, host: EngineHost, metrics: SpeechMetrics, pool: ThreadPoolExecutor
+        self,
+        args: ServeArgs,
+        host: EngineHost,
+        metrics: SpeechMetrics,
+        pool: ThreadPoolExecutor,
+        clips: ReferenceAudioLoader,
     ) -> None:
         self._config = args.server
         self._defaults = args.engine.defaults
@@ -81,7 +94,7 @@ class ServingAudio:
         self._host = host
         self._metrics = metrics
         self._pool = pool
-        self._clips = ReferenceAudioLoader(args.server, pool)
+        self._clips = clips
         self._num_waiting = 0
 
     async def create_speech(self, body: AudioSpeechRequest, raw: Request) -> Response:
