@@ -61,8 +61,8 @@ class SpeechStats:
     audio_duration_s: float = 0.0
     processing_time_s: float = 0.0  # from arrival to the last sample
     queue_time_s: float = 0.0  # from arrival to the first prefill step
-    prefill_time_s: float | None = None  # from there to the first frame
-    decode_time_s: float | None = None  # from the first frame to the last
+    prefill_time_s: float = 0.0  # from there to the first frame
+    decode_time_s: float = 0.0  # from the first frame to the last
     time_to_first_audio_s: float | None = None
     num_preemptions: int = 0
     num_parts: int = 1  # pieces that a long text was split into

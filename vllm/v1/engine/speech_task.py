@@ -92,6 +92,8 @@ class SpeechTask:
         self._index = 0
         self._usage = Usage()
         self._queue_time_s = 0.0
+        self._prefill_time_s = 0.0
+        self._decode_time_s = 0.0
         self._num_preemptions = 0
         self._first_audio_s: float | None = None
         self._worst_reason = FinishReason.STOP
@@ -180,6 +182,8 @@ class SpeechTask:
         if stats is not None:
             self._num_preemptions += stats.num_preemptions
             self._queue_time_s += stats.queue_time_s
+            self._prefill_time_s += stats.prefill_time_s
+            self._decode_time_s += stats.decode_time_s
         self._index += 1
         if reason is not FinishReason.STOP:
             self._worst_reason = reason
@@ -243,6 +247,8 @@ class SpeechTask:
             audio_duration_s=num_frames / self._info.frame_rate,
             processing_time_s=time.monotonic() - self._arrival_time,
             queue_time_s=self._queue_time_s,
+            prefill_time_s=self._prefill_time_s,
+            decode_time_s=self._decode_time_s,
             time_to_first_audio_s=self._first_audio_s,
             num_preemptions=self._num_preemptions,
             num_parts=len(self._parts),
