@@ -1,9 +1,17 @@
-"""Options and markers of the whole suite; builders live beside the tests that use them."""
+"""Options and markers of the whole suite, and transformers' codec as a reference.
+
+Builders live beside the tests that use them.
+"""
 
 from __future__ import annotations
 
+import importlib.machinery
+import math
+import sys
+import types
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,3 +59,51 @@ def weights_dir(request: pytest.FixtureRequest) -> Path:
     """Folder given with ``--weights``; only for tests marked ``weights``."""
     folder: Path = request.config.getoption("--weights")
     return folder
+
+
+def _reference_resample(waveform: Any, orig_freq: int, new_freq: int) -> Any:
+    """torchaudio.functional.resample by its published formula, one output sample at a time."""
+    import torch
+
+    common = math.gcd(orig_freq, new_freq)
+    source, target = orig_freq // common, new_freq // common
+    cutoff = min(source, target) * 0.99
+    width = math.ceil(6 * source / cutoff)
+    num_out = math.ceil(waveform.shape[-1] * target / source)
+    padded = torch.nn.functional.pad(waveform.double(), (width, width + source))
+    columns = []
+    for index in range(num_out):
+        step, phase = divmod(index, target)
+        taps = torch.arange(-width, width + source, dtype=torch.float64) / source
+        time = ((taps - phase / target) * cutoff).clamp(-6, 6)
+        window = torch.cos(time * math.pi / 12) ** 2
+        kernel = torch.where(time == 0, 1.0, torch.sin(time * math.pi) / (time * math.pi))
+        kernel = torch.nan_to_num(kernel, nan=1.0) * window * cutoff / source
+        first = step * source
+        columns.append((padded[..., first : first + len(kernel)] * kernel).sum(-1))
+    return torch.stack(columns, -1).to(waveform.dtype)
+
+
+@pytest.fixture(scope="session")
+def reference_resample() -> Any:
+    """Stand-in for ``torchaudio.functional.resample``."""
+    return _reference_resample
+
+
+@pytest.fixture(scope="session")
+def reference_codec_class() -> Any:
+    """transformers' codec class, with a stand-in for the one torchaudio function that it calls."""
+    if "torchaudio" not in sys.modules:
+        stub = types.ModuleType("torchaudio")
+        stub.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+        stub.__version__ = "2.0.0"
+        stub.functional = types.SimpleNamespace(resample=_reference_resample)
+        sys.modules["torchaudio"] = stub
+    from transformers.models.higgs_audio_v2_tokenizer import modeling_higgs_audio_v2_tokenizer
+    from transformers.utils import import_utils
+
+    import_utils.is_torchaudio_available.cache_clear()
+    backends = import_utils.BACKENDS_MAPPING
+    backends["torchaudio"] = (lambda: True, backends["torchaudio"][1])
+    modeling_higgs_audio_v2_tokenizer.torchaudio = sys.modules["torchaudio"]
+    return modeling_higgs_audio_v2_tokenizer.HiggsAudioV2TokenizerModel

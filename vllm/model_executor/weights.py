@@ -10,6 +10,8 @@ import re
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -248,8 +250,9 @@ def _download(repo_id: str, revision: str | None, cache_dir: Path | None) -> Pat
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
-    try:
-        import httpx
-    except ImportError:
-        return (OSError,)
-    return (OSError, httpx.HTTPError)
+    """What "no connection" may look like: the Hub client has changed its HTTP library before."""
+    errors: list[type[Exception]] = [OSError]
+    for name in ("httpx", "httpx2"):
+        if find_spec(name) is not None:
+            errors.append(import_module(name).HTTPError)
+    return tuple(errors)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from itertools import count
 from typing import Generic, TypeVar
 
@@ -104,7 +104,7 @@ class AsyncLLM(Generic[VoicesT]):
         *,
         timeout_s: float | None = None,
         priority: int = 0,
-    ) -> AsyncIterator[SpeechOutput]:
+    ) -> AsyncGenerator[SpeechOutput]:
         """Speak; the first item comes with the first audio, the last has ``finish_reason``.
 
         Leaving the iterator, or cancelling it, aborts the request.

@@ -174,11 +174,17 @@ class IpcClient:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _send(self, command: EngineCoreCommand) -> None:
+        import zmq
+
         from vllm.v1.engine.ipc import encode_command
 
         if self._died.is_set() or self._socket is None:
             raise EngineDeadError("the engine process has died")
-        await self._socket.send(encode_command(command))
+        try:
+            # NOTE: without the flag this would wait for ever for a peer that has gone.
+            await self._socket.send(encode_command(command), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            raise EngineDeadError(f"the engine process cannot be reached: {error}") from error
 
     async def _watch(self, process: subprocess.Popen[str]) -> None:
         """Notice the end of the process, without a thread where the system allows it."""

@@ -1,0 +1,152 @@
+"""The engine in its own process: streams, aborts, deadlines, and its death."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm import AsyncLLM, FinishReason, SamplingParams, SpeechPrompt
+from vllm.config import EngineConfig
+from vllm.exceptions import CheckpointError, ConfigError, EngineDeadError, InvalidRequestError
+from vllm.outputs import SpeechOutput
+from vllm.prompts import Voice
+
+HELLO = SpeechPrompt(text="Hello there.")
+
+
+class NoVoice:
+    def resolve(self, voice: str | None) -> Voice:
+        return Voice("plain", "Plain")
+
+
+@asynccontextmanager
+async def started(checkpoint: Path, **options: Any) -> AsyncIterator[AsyncLLM[NoVoice]]:
+    config = EngineConfig.from_options(
+        model=str(checkpoint / "lm"),
+        audio_tokenizer_type=str(checkpoint / "codec"),
+        device="cpu",
+        max_num_seqs=16,
+        max_model_len=512,
+        **options,
+    )
+    llm = AsyncLLM(config, lambda info: NoVoice())
+    await llm.start()
+    try:
+        yield llm
+    finally:
+        await llm.shutdown()
+
+
+async def collect(
+    llm: AsyncLLM[NoVoice], request_id: str, params: SamplingParams, **options: Any
+) -> list[SpeechOutput]:
+    return [item async for item in llm.generate(HELLO, params, request_id, **options)]
+
+
+def audio_of(items: list[SpeechOutput]) -> bytes:
+    return b"".join(item.audio.tobytes() for item in items)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(100):
+            await test()
+
+    asyncio.run(bounded())
+
+
+def test_one_process_serves_many_requests_alike(checkpoint: Path) -> None:
+    async def test() -> None:
+        async with started(checkpoint) as llm:
+            assert llm.is_ready
+            params = SamplingParams(seed=7, max_tokens=60)
+            alone = await collect(llm, "a", params)
+            assert [item.finished for item in alone].count(True) == 1
+            assert alone[0].audio.size == 4 * 960, "the first chunk is short"
+            crowd = [
+                collect(llm, "same-id", SamplingParams(seed=index, max_tokens=40 + index))
+                for index in range(15)
+            ]
+            *_, among = await asyncio.gather(*crowd, collect(llm, "same-id", params))
+            assert audio_of(among) == audio_of(alone)
+            assert among[-1].request_id != "same-id", "ids of open requests are kept apart"
+
+            with pytest.raises(InvalidRequestError, match="prompt_token_ids"):
+                raw = SpeechPrompt(prompt_token_ids=[1, 10**6])
+                await anext(aiter(llm.generate(raw, params, "bad")))
+
+            expired = await collect(llm, "late", SamplingParams(seed=1), timeout_s=0.05)
+            assert expired[-1].finish_reason is FinishReason.DEADLINE
+
+            stream = llm.generate(HELLO, SamplingParams(seed=1), "left")
+            await anext(stream)
+            await stream.aclose()  # type: ignore[attr-defined]
+            while llm.scheduler_stats().num_running or llm.scheduler_stats().num_finishing:
+                await asyncio.sleep(0.05)
+            assert llm.scheduler_stats().kv_cache_usage == 0
+
+            waiting = asyncio.create_task(collect(llm, "ended", SamplingParams(seed=1)))
+            while not llm.scheduler_stats().num_running:
+                await asyncio.sleep(0.01)
+            await llm.abort("ended")
+            assert (await waiting)[-1].finish_reason is FinishReason.ABORT
+
+    run(test)
+
+
+def test_a_long_text_is_one_stream(checkpoint: Path) -> None:
+    async def test() -> None:
+        async with started(checkpoint, max_audio_seconds=3.0) as llm:
+            prompt = SpeechPrompt(text="A sentence that is not very long. " * 20)
+            params = SamplingParams(seed=3)
+            items = [item async for item in llm.generate(prompt, params, "long")]
+            assert items[-1].finish_reason is FinishReason.MAX_AUDIO
+            assert items[-1].usage.audio_tokens == 75
+            assert items[-1].stats.num_parts > 1
+
+    run(test)
+
+
+def test_death_ends_every_stream(checkpoint: Path) -> None:
+    async def test() -> None:
+        async with started(checkpoint) as llm:
+            streams = [
+                asyncio.create_task(collect(llm, str(seed), SamplingParams(seed=seed)))
+                for seed in range(3)
+            ]
+            while llm.scheduler_stats().num_running < 3:
+                await asyncio.sleep(0.01)
+            assert llm._client.pid is not None
+            os.kill(llm._client.pid, signal.SIGKILL)
+            for result in await asyncio.gather(*streams, return_exceptions=True):
+                assert isinstance(result, EngineDeadError)
+            await llm.wait_dead()
+            assert llm.is_dead
+            with pytest.raises(EngineDeadError):
+                await llm.check_health()
+            with pytest.raises(EngineDeadError):
+                await collect(llm, "after", SamplingParams())
+
+    run(test)
+
+
+def test_an_engine_that_cannot_start_says_why(checkpoint: Path, tmp_path: Path) -> None:
+    async def test() -> None:
+        codec = str(checkpoint / "codec")
+        config = EngineConfig.from_options(
+            model=str(tmp_path), audio_tokenizer_type=codec, device="cpu"
+        )
+        llm = AsyncLLM(config, lambda info: NoVoice())
+        with pytest.raises((ConfigError, CheckpointError), match=r"config\.json"):
+            await llm.start()
+        assert llm.is_dead
+        await llm.shutdown()
+
+    run(test)

@@ -1,0 +1,224 @@
+"""Ends, limits, guards and failures of requests in the engine core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vllm.exceptions import InvalidRequestError, PromptTooLongError
+from vllm.outputs import FinishReason
+from vllm.prompts import SpeechPrompt
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.messages import ClipData, EngineCoreRequest
+
+Build = Callable[..., EngineCoreRequest]
+LONG_TEXT = "This is the first sentence of a text. " * 12
+
+
+def num_used_blocks(core: EngineCore) -> float:
+    return core._scheduler.stats().kv_cache_usage
+
+
+def test_max_tokens_counts_delayed_frames(make_driver: Callable[..., Any]) -> None:
+    items = make_driver().speak(SpeechPrompt(text="Hello."), SamplingParams(max_tokens=30, seed=1))
+    last = items[-1]
+    assert last.finish_reason is FinishReason.LENGTH
+    assert sum(len(item.delayed_codes) for item in items) == 30
+    assert sum(item.codes.shape[1] for item in items) == 22
+    assert sum(item.audio.size for item in items) == 22 * 960
+    assert (last.usage.completion_tokens, last.usage.audio_tokens) == (30, 22)
+    assert last.usage.output_tokens == 30
+    assert last.stats.audio_duration_s == pytest.approx(22 / 25)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 8, 9])
+def test_few_tokens_end_well(make_driver: Callable[..., Any], max_tokens: int) -> None:
+    params = SamplingParams(max_tokens=max_tokens, seed=1)
+    items = make_driver().speak(SpeechPrompt(text="Hi."), params)
+    assert items[-1].finish_reason is FinishReason.LENGTH
+    assert items[-1].usage.completion_tokens == max_tokens
+    assert items[-1].usage.audio_tokens == max(0, max_tokens - 8)
+
+
+def test_max_tokens_beyond_the_context_is_cut_to_the_room(make_driver: Callable[..., Any]) -> None:
+    driver = make_driver(max_model_len=192, text_length_guard=False)
+    items = driver.speak(SpeechPrompt(text="Hello."), SamplingParams(max_tokens=10_000, seed=1))
+    usage = items[-1].usage
+    assert items[-1].finish_reason is FinishReason.LENGTH
+    assert usage.prompt_tokens + usage.completion_tokens == 192
+
+
+def test_a_prompt_without_room_for_audio_is_refused(make_driver: Callable[..., Any]) -> None:
+    driver = make_driver(max_model_len=64)
+    with pytest.raises(PromptTooLongError, match="positions"):
+        driver.speak(SpeechPrompt(text="x" * 200), SamplingParams())
+
+
+def test_text_length_guard(make_driver: Callable[..., Any]) -> None:
+    items = make_driver().speak(SpeechPrompt(text="Hi."), SamplingParams(seed=1))
+    assert items[-1].finish_reason is FinishReason.TEXT_LENGTH
+    assert (
+        items[-1].usage.audio_tokens == 123
+    )  # 4 s and 0.3 s for each of 3 characters, 25 a second
+
+
+def test_max_audio_guard_holds_over_all_parts(make_driver: Callable[..., Any]) -> None:
+    driver = make_driver(max_audio_seconds=2.0)
+    items = driver.speak(SpeechPrompt(text=LONG_TEXT), SamplingParams(seed=1))
+    assert items[-1].finish_reason is FinishReason.MAX_AUDIO
+    assert items[-1].usage.audio_tokens == 50
+
+
+def test_silence_is_cut_at_a_frame_that_does_not_depend_on_timing(
+    make_driver: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A codec that falls silent after frame 30: 0.4 s later, at frame 40, the audio ends."""
+    driver = make_driver(max_silence_seconds=0.4)
+    codec = driver.core._executor._worker._codec_runner
+
+    def decode(inputs: Any) -> list[np.ndarray]:
+        parts = []
+        for _, window in inputs:
+            frames = np.arange(window.emit_start, window.emit_stop)
+            parts.append(np.repeat(np.where(frames < 30, 0.5, 0.0), 960).astype(np.float32))
+        return parts
+
+    monkeypatch.setattr(codec._decoder, "decode", decode)
+    items = driver.speak(SpeechPrompt(text="Hello there."), SamplingParams(seed=1))
+    assert items[-1].finish_reason is FinishReason.SILENCE
+    assert sum(item.audio.size for item in items) == 40 * 960
+    assert sum(item.codes.shape[1] for item in items) == 40
+    assert items[-1].usage.audio_tokens == 40
+    assert items[-1].usage.completion_tokens == 48
+
+
+def test_raw_prompts_have_no_guards(make_driver: Callable[..., Any]) -> None:
+    driver = make_driver(max_audio_seconds=0.5, max_model_len=256)
+    opening = driver.processor._builder._open_audio
+    prompt = SpeechPrompt(prompt_token_ids=[*range(20, 40), opening])
+    items = driver.speak(prompt, SamplingParams(seed=1))
+    assert items[-1].finish_reason is FinishReason.LENGTH
+    assert items[-1].usage.completion_tokens == 256 - 21
+
+
+def test_long_text_is_spoken_in_parts_with_their_own_seeds(make_driver: Callable[..., Any]) -> None:
+    driver = make_driver(max_audio_seconds=12.0)
+    texts = SpeechPrompt(text=LONG_TEXT)
+    first = driver.speak(texts, SamplingParams(seed=5, max_tokens=600))
+    again = driver.speak(texts, SamplingParams(seed=5, max_tokens=600))
+    assert first[-1].stats.num_parts > 1
+    joined = [np.concatenate([item.audio for item in items]) for items in (first, again)]
+    np.testing.assert_array_equal(*joined)
+    assert sum(item.finished for item in first) == 1
+    assert joined[0].size == first[-1].usage.audio_tokens * 960
+
+
+def test_the_seed_in_use_is_reported(make_driver: Callable[..., Any]) -> None:
+    driver = make_driver()
+    drawn = driver.speak(SpeechPrompt(text="Hi."), SamplingParams(max_tokens=20))
+    seed = drawn[-1].seed
+    again = driver.speak(SpeechPrompt(text="Hi."), SamplingParams(max_tokens=20, seed=seed))
+    np.testing.assert_array_equal(
+        np.concatenate([item.delayed_codes for item in drawn]),
+        np.concatenate([item.delayed_codes for item in again]),
+    )
+    greedy = driver.speak(SpeechPrompt(text="Hi."), SamplingParams(max_tokens=20, temperature=0.0))
+    assert greedy[-1].seed == 0
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 30])
+def test_abort_frees_the_blocks_within_one_step(
+    make_core: Callable[..., EngineCore], build_request: Build, recorder: Any, num_steps: int
+) -> None:
+    core = make_core(max_num_batched_tokens=32)
+    core.add_request(build_request("a", prompt_len=60, frames=300))
+    for _ in range(num_steps):
+        recorder.take(core.step().outputs)
+    core.abort_requests(("a", "unknown"))
+    recorder.take(core.step().outputs)
+    assert recorder.reasons("a") == [FinishReason.ABORT]
+    assert num_used_blocks(core) == 0
+    while core.has_work():
+        recorder.take(core.step().outputs)
+    assert recorder.reasons("a") == [FinishReason.ABORT]
+
+
+def test_abort_while_a_clip_is_being_encoded(
+    make_core: Callable[..., EngineCore], build_request: Build, recorder: Any
+) -> None:
+    core = make_core()
+    base = build_request("a", prompt_len=40)
+    samples = np.zeros(960 * 10, np.float32)
+    clip = ClipData(start=5, num_frames=10, samples=samples.tobytes())
+    core.add_request(EngineCoreRequest(**{**vars(base), "clips": (clip,)}))
+    core.abort_requests(("a",), FinishReason.DEADLINE)
+    while core.has_work():
+        recorder.take(core.step().outputs)
+    assert recorder.reasons("a") == [FinishReason.DEADLINE]
+
+
+def test_a_failing_step_ends_its_requests_only(
+    make_core: Callable[..., EngineCore],
+    build_request: Build,
+    run: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = make_core()
+    model = core._executor._worker._model
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+        failed = run(core, build_request("a"), build_request("b"))
+    for name in "ab":
+        assert failed.reasons(name) == [FinishReason.ERROR]
+        assert "broken" in (failed.parts[name][-1].error or "")
+    assert num_used_blocks(core) == 0
+    good = run(core, build_request("a", frames=30))
+    assert good.reasons("a") == [FinishReason.LENGTH]
+
+
+def test_a_failing_codec_ends_its_request_only(
+    make_core: Callable[..., EngineCore],
+    build_request: Build,
+    run: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = make_core()
+    decoder = core._executor._worker._codec_runner._decoder
+    decode, calls = decoder.decode, []
+
+    def fail_once(inputs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("no such sound")
+        return decode(inputs)
+
+    monkeypatch.setattr(decoder, "decode", fail_once)
+    recorder = run(core, *(build_request(name, frames=40) for name in "abc"))
+    reasons = sorted(recorder.reasons(name)[0] for name in "abc")
+    assert reasons == [FinishReason.ERROR, FinishReason.LENGTH, FinishReason.LENGTH]
+    assert num_used_blocks(core) == 0
+
+
+def test_a_prompt_too_long_for_the_pages_ends_with_an_error(
+    make_core: Callable[..., EngineCore], build_request: Build, run: Any
+) -> None:
+    core = make_core(max_model_len=128)
+    recorder = run(core, build_request("big", prompt_len=300), build_request("ok", frames=20))
+    assert recorder.reasons("big") == [FinishReason.ERROR]
+    assert "300 positions" in (recorder.parts["big"][-1].error or "")
+    assert recorder.reasons("ok") == [FinishReason.LENGTH]
+
+
+def test_inline_clips_need_samples(make_driver: Callable[..., Any]) -> None:
+    driver = make_driver()
+    bad = SpeechPrompt(text="Hi.", ref_audio=np.zeros((2, 2), np.float32), ref_text="Hi.")
+    with pytest.raises(InvalidRequestError, match="ref_audio"):
+        driver.speak(bad, SamplingParams())
+    tone = np.sin(np.arange(24_001) / 30).astype(np.float32)
+    good = SpeechPrompt(text="Hi.", ref_audio=tone, ref_text="A tone.")
+    items = driver.speak(good, SamplingParams(max_tokens=20))
+    assert items[-1].usage.audio_tokens == 12
