@@ -1,0 +1,38 @@
+"""Times rivals in one run, taking turns, so that a noisy machine is noisy to all of them.
+
+Knows nothing of what the rivals do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+
+from tqdm import tqdm
+
+__all__ = ["interleave", "ratio"]
+
+
+def interleave(
+    rivals: Mapping[str, Callable[[], object]], *, num_rounds: int, title: str
+) -> dict[str, list[float]]:
+    """Seconds of each rival in each round; one round before the first does not count.
+
+    The order turns round from round to round, so that none always runs on the other's caches.
+    """
+    names = list(rivals)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_idx in tqdm(range(-1, num_rounds), desc=title, unit="round"):
+        for name in names if round_idx % 2 == 0 else reversed(names):
+            start = time.perf_counter()
+            rivals[name]()
+            elapsed = time.perf_counter() - start
+            if round_idx >= 0:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """Median of the ratios of the rounds; drift of the machine cancels out within a round."""
+    return median(a / b for a, b in zip(numerator, denominator, strict=True))

@@ -1,0 +1,168 @@
+"""Codec decode: ours against transformers' one-shot, and ours streamed, in one interleaved run.
+
+Runs on random checkpoints of the published sizes, since the time does not depend on the weights.
+The peer is transformers' own model class on the same files.
+
+    python -m benchmarks.codec_decode
+    python -m benchmarks.codec_decode --sizes full --num-frames 250 --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.machinery
+import sys
+import tempfile
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks._report import format_table, write_json
+from benchmarks._timing import interleave, ratio
+from vllm.checkpoints.make_codec import CODEC_SIZES, make_codec
+from vllm.model_executor.codecs import Codec, load_codec
+from vllm.model_executor.codecs.streaming import DEFAULT_RAMP, Window, WindowPlan
+
+TOLERANCE = 1e-4
+
+
+def measure(size: str, *, num_frames: int, num_rounds: int, device: str) -> dict[str, Any]:
+    """Times of one codec size.
+
+    Raises:
+        AssertionError: the rivals do not compute the same samples, so the times would mean nothing.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_codec(folder, layout="transformers", size=size, seed=0)
+        codec = load_codec(folder, device=device)
+        reference = load_reference(folder).to(device)
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, codec.num_codebooks, num_frames)
+    codes = torch.randint(codec.codebook_size, shape, generator=generator).to(device)
+    windows = plan_windows(codec, num_frames)
+
+    rivals = {
+        "one-shot": lambda: synchronized(codec.decode(codes)),
+        "transformers": lambda: synchronized(reference.decode(codes).audio_values),
+        "streamed": lambda: synchronized(decode_streamed(codec, codes, windows)),
+        "first chunk": lambda: synchronized(decode_window(codec, codes, windows[0])),
+    }
+    with torch.inference_mode():
+        ours, theirs = codec.decode(codes), reference.decode(codes).audio_values
+        streamed = decode_streamed(codec, codes, windows)
+        assert (ours - theirs.reshape(ours.shape)).abs().max() < TOLERANCE
+        assert (ours - streamed).abs().max() < TOLERANCE
+        seconds = interleave(rivals, num_rounds=num_rounds, title=f"codec {size}")
+    audio_s = num_frames / codec.frame_rate
+    return {
+        "size": size,
+        "num_frames": num_frames,
+        "audio_s": audio_s,
+        "device": device,
+        "num_threads": torch.get_num_threads(),
+        "seconds": {name: median(values) for name, values in seconds.items()},
+        "times_real_time": {
+            name: audio_s / median(values)
+            for name, values in seconds.items()
+            if name != "first chunk"
+        },
+        "speed_over_transformers": ratio(seconds["transformers"], seconds["one-shot"]),
+        "streamed_over_one_shot_time": ratio(seconds["streamed"], seconds["one-shot"]),
+    }
+
+
+def load_reference(folder: Path) -> Any:
+    """transformers' codec. Its module imports torchaudio, which decoding never calls."""
+    if "torchaudio" not in sys.modules:
+        stand_in = types.ModuleType("torchaudio")
+        stand_in.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+        stand_in.__dict__["__version__"] = "0"
+        sys.modules["torchaudio"] = stand_in
+    from transformers.models.higgs_audio_v2_tokenizer import modeling_higgs_audio_v2_tokenizer
+    from transformers.utils import import_utils
+
+    message = import_utils.BACKENDS_MAPPING["torchaudio"][1]
+    import_utils.BACKENDS_MAPPING["torchaudio"] = (lambda: True, message)
+    model_class = modeling_higgs_audio_v2_tokenizer.HiggsAudioV2TokenizerModel
+    model: Any = model_class.from_pretrained(folder)
+    return model.eval()
+
+
+def plan_windows(codec: Codec, num_frames: int) -> list[Window]:
+    """Windows of a stream whose frames are all there."""
+    plan = WindowPlan(codec.context_frames, DEFAULT_RAMP)
+    windows: list[Window] = []
+    emitted = 0
+    while (window := plan.next_window(emitted, num_frames, final=True)) is not None:
+        windows.append(window)
+        emitted = window.emit_stop
+    return windows
+
+
+def decode_streamed(codec: Codec, codes: Tensor, windows: Sequence[Window]) -> Tensor:
+    """Samples [1, num_frames * hop] of all windows, one after another."""
+    return torch.cat([decode_window(codec, codes, window) for window in windows], dim=1)
+
+
+def decode_window(codec: Codec, codes: Tensor, window: Window) -> Tensor:
+    """New samples of one window, [1, num_emitted * hop]."""
+    samples = codec.decode(codes[:, :, window.start : window.stop])
+    first = (window.emit_start - window.start) * codec.hop_length
+    return samples[:, first : first + window.num_emitted * codec.hop_length]
+
+
+def synchronized(samples: Tensor) -> Tensor:
+    """Wait until the device has made them."""
+    if samples.is_cuda:
+        torch.cuda.synchronize(samples.device)
+    return samples
+
+
+def print_results(results: Sequence[dict[str, Any]]) -> None:
+    rivals = ("one-shot", "transformers", "streamed")
+    header = ["codec", "audio s", *(f"{name} x real time" for name in rivals)]
+    header += ["ours / transformers", "streamed / one-shot time", "first chunk ms"]
+    rows = []
+    for result in results:
+        row: list[object] = [result["size"], result["audio_s"]]
+        row += [result["times_real_time"][name] for name in rivals]
+        row += [result["speed_over_transformers"], result["streamed_over_one_shot_time"]]
+        row.append(1000 * result["seconds"]["first chunk"])
+        rows.append(row)
+    print(format_table(header, rows))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--sizes", nargs="+", choices=tuple(CODEC_SIZES), default=["full", "tiny"])
+    parser.add_argument("--num-frames", type=int, default=125, help="25 make a second")
+    parser.add_argument("--num-rounds", type=int, default=5)
+    parser.add_argument("--num-threads", type=int, help="default: torch's choice")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args(argv)
+    if arguments.num_threads:
+        torch.set_num_threads(arguments.num_threads)
+    results = [
+        measure(
+            size,
+            num_frames=arguments.num_frames,
+            num_rounds=arguments.num_rounds,
+            device=arguments.device,
+        )
+        for size in arguments.sizes
+    ]
+    print_results(results)
+    if arguments.json:
+        write_json(arguments.json, {"results": results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

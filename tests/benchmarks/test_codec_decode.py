@@ -1,0 +1,27 @@
+"""The codec benchmark compares like with like: it checks the samples before it times them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_tiny_codec_is_measured_and_written(tmp_path: Path, repo_root: Path) -> None:
+    target = tmp_path / "out.json"
+    # A process of its own, since the program puts a stand-in in the place of torchaudio.
+    command = [sys.executable, "-m", "benchmarks.codec_decode", "--json", str(target)]
+    command += ["--sizes", "tiny", "--num-frames", "30", "--num-rounds", "1"]
+    done = subprocess.run(
+        command, cwd=repo_root, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tiny" in done.stdout
+    written = json.loads(target.read_text(encoding="utf-8"))
+    assert {"date", "machine", "commit", "command"} <= written["circumstances"].keys()
+    (result,) = written["results"]
+    assert result["audio_s"] == pytest.approx(1.2)
+    assert result["seconds"].keys() == {"one-shot", "transformers", "streamed", "first chunk"}
