@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from vllm.entrypoints.bosonai.engine_host import EngineHost, HostState
+from vllm.exceptions import InvalidRequestError
 
 
 def test_ready(live: Any) -> None:
@@ -182,3 +183,15 @@ def test_metrics_count_requests(start_server: Any) -> None:
     page = server.client.get("/metrics").text
     assert 'vllm:request_success_total{finished_reason="stop",model_name="tts-test"} 1.0' in page
     assert 'vllm:audio_seconds_total{model_name="tts-test"} 0.16' in page
+
+
+def test_metrics_do_not_count_refused_requests(start_server: Any, fake_engine: Any) -> None:
+    server = start_server(fake_engine(fail_before=InvalidRequestError("no", param="input")))
+    assert server.client.post("/v1/audio/speech", json={"input": "ab"}).status_code == 400
+    server.engine.fail_before = RuntimeError("broken")
+    assert server.client.post("/v1/audio/speech", json={"input": "ab"}).status_code == 500
+    page = server.client.get("/metrics").text
+    counted = [line for line in page.splitlines() if line.startswith("vllm:request_success_total")]
+    assert [line for line in counted if not line.endswith(" 0.0")] == [
+        'vllm:request_success_total{finished_reason="error",model_name="tts-test"} 1.0'
+    ]

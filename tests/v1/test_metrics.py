@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm.outputs import FinishReason, SpeechStats, Usage
+from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
 from vllm.v1.engine.messages import SchedulerStats
 from vllm.v1.metrics import SpeechMetrics
 
@@ -49,6 +50,19 @@ def make_metrics(stats: SchedulerStats | None = None) -> SpeechMetrics:
     return SpeechMetrics("tts", lambda: stats)
 
 
+def make_last(reason: FinishReason, stats: SpeechStats) -> SpeechOutput:
+    return SpeechOutput(
+        request_id="r",
+        audio=np.zeros(0, np.float32),
+        codes=np.zeros((8, 0), np.int16),
+        delayed_codes=np.zeros((0, 8), np.int16),
+        sample_rate=24_000,
+        finish_reason=reason,
+        usage=USAGE,
+        stats=stats,
+    )
+
+
 def samples_of(metrics: SpeechMetrics) -> dict[str, float]:
     """Sample name (and finish reason) -> value; every sample must carry the model's name."""
     values = {}
@@ -67,7 +81,7 @@ def test_every_name_is_on_the_page() -> None:
 
 def test_a_finished_request_is_counted_once() -> None:
     metrics = make_metrics()
-    metrics.observe_finished(FinishReason.STOP, USAGE, STATS, max_tokens=100)
+    metrics.observe_finished(make_last(FinishReason.STOP, STATS), max_tokens=100)
     values = samples_of(metrics)
     assert values["vllm:request_success_totalstop"] == 1
     assert values["vllm:prompt_tokens_total"] == 20
@@ -82,7 +96,7 @@ def test_a_finished_request_is_counted_once() -> None:
 
 def test_what_is_unknown_is_not_observed() -> None:
     metrics = make_metrics()
-    metrics.observe_finished(FinishReason.LENGTH, USAGE, SpeechStats(processing_time_s=1.0))
+    metrics.observe_finished(make_last(FinishReason.LENGTH, SpeechStats(processing_time_s=1.0)))
     values = samples_of(metrics)
     for name in (
         "time_to_first_audio_seconds",

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vllm.outputs import FinishReason, SpeechStats, Usage
+from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
 
 if TYPE_CHECKING:
     from vllm.v1.engine.messages import SchedulerStats
@@ -89,16 +89,11 @@ class SpeechMetrics:
             reason: finished.labels(model_name, reason.value) for reason in FinishReason
         }
 
-    def observe_finished(
-        self,
-        reason: FinishReason,
-        usage: Usage,
-        stats: SpeechStats,
-        *,
-        max_tokens: int | None = None,
-    ) -> None:
-        """Count a request that ran to its end, whatever that was."""
-        self._finished[reason].inc()
+    def observe_finished(self, last: SpeechOutput, *, max_tokens: int | None = None) -> None:
+        """Count a request that ran to its end, whatever that was; ``last`` is its last output."""
+        assert last.finish_reason is not None, "only the last output tells all"
+        usage, stats = last.usage, last.stats
+        self._finished[last.finish_reason].inc()
         self._counters["prompt_tokens"].inc(usage.prompt_tokens)
         self._counters["generation_tokens"].inc(usage.completion_tokens)
         self._counters["audio_seconds"].inc(stats.audio_duration_s)

@@ -7,7 +7,7 @@ cannot be had any more is decided by whoever made the host.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
@@ -53,7 +53,7 @@ class EngineClient(Protocol):
         request_id: str,
         *,
         timeout_s: float | None = None,
-    ) -> AsyncIterator[SpeechOutput]: ...
+    ) -> AsyncGenerator[SpeechOutput]: ...
 
     async def wait_dead(self) -> None: ...
 

@@ -112,7 +112,7 @@ class ServingAudio:
         engine = self._host.ready_engine()
         info = engine.info
         assert info is not None, "a ready engine has its info"
-        voice_id = self._voice_id(body, engine)
+        voice_id = await self._voice_id(body, engine)
         params = body.to_sampling_params(self._defaults)
         prompt = await unless_client_leaves(raw.receive, self._build_prompt(body, info))
         outputs = self._generate(engine, prompt, params, request_id)
@@ -139,12 +139,12 @@ class ServingAudio:
             )
 
     @staticmethod
-    def _voice_id(body: AudioSpeechRequest, engine: EngineClient) -> str:
+    async def _voice_id(body: AudioSpeechRequest, engine: EngineClient) -> str:
         if body.reference_audio is not None:
             return _CLONED_VOICE
         assert engine.voices is not None, "a ready engine has its voices"
-        voice_id: str = engine.voices.resolve(body.voice_name).voice_id
-        return voice_id
+        voice = await asyncio.to_thread(engine.voices.resolve, body.voice_name)  # may read files
+        return voice.voice_id
 
     async def _build_prompt(self, body: AudioSpeechRequest, info: EngineInfo) -> SpeechPrompt:
         clip = None
@@ -186,37 +186,33 @@ class ServingAudio:
     ) -> AsyncGenerator[SpeechOutput]:
         """The engine's outputs; counts how the request ended and lets none end in silence."""
         timeout_s = self._config.request_timeout or None
-        reason = FinishReason.ABORT
+        failure: FinishReason | None = FinishReason.ERROR
         last: SpeechOutput | None = None
         try:
             source = engine.generate(prompt, params, request_id, timeout_s=timeout_s)
-            async for output in source:
-                last = output if output.finished else None
-                if output.finish_reason is FinishReason.ERROR:
-                    raise EngineError(output.error or "the engine failed this request")
-                if output.finish_reason is FinishReason.ABORT:
-                    raise RequestAbortedError("the request was aborted")
-                yield output
+            async with aclosing(source):
+                async for output in source:
+                    last = output if output.finished else None
+                    _raise_if_failed(output)
+                    yield output
         except InvalidRequestError:
-            reason = FinishReason.ERROR
+            failure = None  # refused, so it never was a request of the engine
             raise
-        except HiggsAudioError as error:
-            is_abort = isinstance(error, RequestAbortedError)
-            reason = FinishReason.ABORT if is_abort else FinishReason.ERROR
-            last = None
+        except (asyncio.CancelledError, GeneratorExit, RequestAbortedError):
+            failure = FinishReason.ABORT
             raise
         finally:
-            self._count(last, reason, params)
+            if last is not None:
+                self._metrics.observe_finished(last, max_tokens=params.max_tokens)
+            elif failure is not None:
+                self._metrics.count_failed(failure)
 
-    def _count(
-        self, last: SpeechOutput | None, reason: FinishReason, params: SamplingParams
-    ) -> None:
-        if last is None or last.finish_reason is None:
-            self._metrics.count_failed(reason)
-            return
-        self._metrics.observe_finished(
-            last.finish_reason, last.usage, last.stats, max_tokens=params.max_tokens
-        )
+
+def _raise_if_failed(output: SpeechOutput) -> None:
+    if output.finish_reason is FinishReason.ERROR:
+        raise EngineError(output.error or "the engine failed this request")
+    if output.finish_reason is FinishReason.ABORT:
+        raise RequestAbortedError("the request was aborted")
 
 
 def _no_audio(reason: FinishReason) -> HiggsAudioError:
