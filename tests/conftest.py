@@ -99,11 +99,14 @@ def reference_codec_class() -> Any:
         stub.__version__ = "2.0.0"
         stub.functional = types.SimpleNamespace(resample=_reference_resample)
         sys.modules["torchaudio"] = stub
-    from transformers.models.higgs_audio_v2_tokenizer import modeling_higgs_audio_v2_tokenizer
     from transformers.utils import import_utils
 
     import_utils.is_torchaudio_available.cache_clear()
     backends = import_utils.BACKENDS_MAPPING
     backends["torchaudio"] = (lambda: True, backends["torchaudio"][1])
-    modeling_higgs_audio_v2_tokenizer.torchaudio = sys.modules["torchaudio"]
-    return modeling_higgs_audio_v2_tokenizer.HiggsAudioV2TokenizerModel
+    # NOTE: by its full name, because the lazy package decided at its own import, which an earlier
+    # test may have caused, that there is no torchaudio.
+    module = importlib.import_module(
+        "transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer"
+    )
+    return module.HiggsAudioV2TokenizerModel

@@ -78,8 +78,8 @@ def test_one_process_serves_many_requests_alike(checkpoint: Path) -> None:
             assert audio_of(among) == audio_of(alone)
             assert among[-1].request_id != "same-id", "ids of open requests are kept apart"
 
+            raw = SpeechPrompt(prompt_token_ids=[1, 10**6])
             with pytest.raises(InvalidRequestError, match="prompt_token_ids"):
-                raw = SpeechPrompt(prompt_token_ids=[1, 10**6])
                 await anext(aiter(llm.generate(raw, params, "bad")))
 
             expired = await collect(llm, "late", SamplingParams(seed=1), timeout_s=0.05)
