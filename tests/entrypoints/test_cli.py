@@ -131,6 +131,20 @@ def test_an_upstream_flag_is_refused_here_too(capsys: pytest.CaptureFixture[str]
     assert "--quantization is not supported" in capsys.readouterr().err
 
 
+def test_voices_lists_the_shipped_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["voices"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ids = {line[2:].split()[0] for line in lines[:-1]}
+    assert {"en_man", "en_woman", "de_man", "de_woman", "zh_man", "zh_woman"} <= ids
+    assert [line for line in lines if line.startswith("* en_woman")]
+    assert "alloy = en_woman" in lines[-1]
+
+
+def test_voices_names_a_wrong_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["voices", "--voice_presets_dir", str(tmp_path)]) == 1
+    assert "config.json" in capsys.readouterr().err
+
+
 def test_checkpoint_make_passes_its_flags_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

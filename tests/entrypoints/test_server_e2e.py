@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -232,3 +233,19 @@ def test_a_model_that_is_not_there(start_real: Callable[..., RealServer], tmp_pa
     assert server.wait_ended() == 1
     assert "nothing" in "".join(server.log)
     assert "Traceback" not in "".join(server.log)
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "vllm.entrypoints.bosonai.api_server"]
+        ended = subprocess.run(
+            [*command, "--host", "127.0.0.1", "--port", port],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert ended.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -35,11 +35,13 @@ from vllm.entrypoints.bosonai.middleware import (
 )
 from vllm.entrypoints.bosonai.reference_audio import ReferenceAudioLoader
 from vllm.entrypoints.bosonai.serving_audio import END_HEADERS, START_HEADERS, ServingAudio
+from vllm.entrypoints.bosonai.voices import VoiceLibrary
 from vllm.entrypoints.cli_args import ServeArgs, parse_serve_args
 from vllm.entrypoints.openai.errors import install_error_handlers
 from vllm.entrypoints.openai.protocol import AudioSpeechRequest
 from vllm.exceptions import ConfigError, ModelNotFoundError
 from vllm.logger import configure_logging, get_logger
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.messages import EngineInfo
 from vllm.v1.metrics import CONTENT_TYPE, SpeechMetrics
 
@@ -230,7 +232,7 @@ def _add_audio_routes(app: FastAPI, host: EngineHost, serving: ServingAudio) -> 
     async def list_voices() -> dict[str, Any]:
         voices = host.ready_engine().voices
         assert voices is not None, "a ready engine has its voices"
-        return {"object": "list", "voices": voices.list()}
+        return {"object": "list", "voices": await asyncio.to_thread(voices.list)}
 
     @app.post("/v1/audio/speech", response_class=Response, responses=_SPEECH_REPLIES)
     async def create_speech(body: AudioSpeechRequest, raw: Request) -> Response:
@@ -240,8 +242,6 @@ def _add_audio_routes(app: FastAPI, host: EngineHost, serving: ServingAudio) -> 
 
 def create_engine(args: ServeArgs) -> EngineClient:
     """The real engine, not yet started."""
-    from vllm.entrypoints.bosonai.voices import VoiceLibrary
-    from vllm.v1.engine.async_llm import AsyncLLM
 
     def make_voices(info: EngineInfo) -> VoiceLibrary:
         return VoiceLibrary.for_engine(
