@@ -1,0 +1,255 @@
+"""The voice library: the shipped folder, resolution, checks, codes and rereading."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vllm.entrypoints.bosonai.voices import OPENAI_VOICE_ALIASES, SHIPPED_PRESETS, VoiceLibrary
+from vllm.exceptions import ConfigError, InvalidRequestError, UnknownVoiceError
+
+HOP = 960
+
+
+def make_library(folder=None, **changes):
+    options = {
+        "sample_rate": 24000,
+        "hop_length": HOP,
+        "codec_fingerprint": "abc",
+        "num_codebooks": 2,
+        "can_encode": True,
+        "refresh_interval_s": 0.0,
+    }
+    return VoiceLibrary(folder, **(options | changes))
+
+
+def write_wav(path, num_samples=2400, rate=24000):
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((np.sin(np.arange(num_samples) / 20) * 9000).astype("<i2").tobytes())
+
+
+def write_presets(folder, entries):
+    write_wav(folder / "a.wav")
+    (folder / "config.json").write_text(json.dumps(entries), encoding="utf-8")
+    return folder
+
+
+CLIP = {"transcript": "Hello.", "audio_file": "a.wav"}
+
+
+def test_shipped_voices_have_names_languages_and_a_default():
+    listed = {each["id"]: each for each in make_library().list()}
+    names = {voice_id: (each["name"], each["language"]) for voice_id, each in listed.items()}
+    assert names == {
+        "en_man": ("English Man", "en"),
+        "en_woman": ("English Woman", "en"),
+        "de_man": ("German Man", "de"),
+        "de_woman": ("German Woman", "de"),
+        "zh_man": ("Chinese Man", "zh"),
+        "zh_woman": ("Chinese Woman", "zh"),
+    }
+    assert [voice_id for voice_id, each in listed.items() if each["default"]] == ["en_woman"]
+    assert set(listed["en_man"]) == {
+        "id", "voice_id", "name", "description", "language", "labels", "default", "duration",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED_PRESETS.glob("*.wav")), ids=lambda path: path.stem)
+def test_shipped_clip_is_short_clean_mono_speech(path):
+    with wave.open(str(path)) as file:
+        assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 24000)
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+    assert path.stat().st_size < 400_000
+    assert 4 <= len(samples) / 24000 <= 8
+    assert 0.5 < np.abs(samples).max() < 0.9
+    loud = np.flatnonzero(np.abs(samples) > 0.005)
+    assert np.diff(loud).max() < 0.8 * 24000
+
+
+def test_readme_documents_every_shipped_voice():
+    readme = (SHIPPED_PRESETS / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in readme for name in make_library().names)
+
+
+def test_clip_is_padded_to_whole_frames():
+    clip = make_library().resolve("en_man").clip
+    assert clip.samples.dtype == np.float32
+    assert len(clip.samples) == clip.num_frames * HOP
+
+
+def test_all_openai_names_resolve():
+    library = make_library()
+    assert len(OPENAI_VOICE_ALIASES) == 13
+    assert {library.resolve(name).voice_id for name in OPENAI_VOICE_ALIASES} == {
+        "en_man",
+        "en_woman",
+    }
+
+
+def test_alias_without_its_voice_means_the_default(tmp_path):
+    library = make_library(write_presets(tmp_path, {"other": CLIP}))
+    assert library.resolve("alloy").voice_id == "other"
+
+
+def test_unknown_voice_lists_the_names():
+    with pytest.raises(UnknownVoiceError, match=r"'bob' is unknown.*en_woman, en_man") as caught:
+        make_library().resolve("bob")
+    assert caught.value.param == "voice"
+
+
+def test_voice_may_be_an_object():
+    assert make_library().resolve({"id": "de_man"}).voice_id == "de_man"
+
+
+@pytest.mark.parametrize("voice", [{}, {"id": 3}, 7, {"id": None}])
+def test_voice_of_a_wrong_type_is_refused(voice):
+    with pytest.raises(InvalidRequestError, match="must be a name"):
+        make_library().resolve(voice)
+
+
+def test_default_is_flag_then_mark_then_first(tmp_path):
+    folder = write_presets(tmp_path, {"a": CLIP, "b": CLIP | {"default": True}})
+    assert make_library(folder).resolve(None).voice_id == "b"
+    assert make_library(folder, default_voice="a").resolve(None).voice_id == "a"
+    assert make_library(write_presets(tmp_path, {"c": CLIP, "d": CLIP})).default_id == "c"
+
+
+def test_unknown_default_voice_is_refused():
+    with pytest.raises(ConfigError, match="default voice 'bob' is unknown"):
+        make_library(default_voice="bob")
+
+
+def test_scene_and_system_prompt_stand_beside_the_clip(tmp_path):
+    entry = CLIP | {"scene": "A cave.", "system_prompt": "Speak."}
+    voice = make_library(write_presets(tmp_path, {"a": entry})).resolve("a")
+    assert (voice.scene, voice.system_prompt, voice.transcript) == ("A cave.", "Speak.", "Hello.")
+    assert voice.clip is not None
+
+
+def test_clip_of_another_rate_is_resampled(tmp_path):
+    write_presets(tmp_path, {"a": CLIP})
+    write_wav(tmp_path / "a.wav", num_samples=4800, rate=48000)
+    clip = make_library(tmp_path).resolve("a").clip
+    assert clip.num_frames == 3  # 2400 samples padded to 2880
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (CLIP | {"sped": 1}, "unknown key 'sped'"),
+        (CLIP | {"default": "yes"}, "default='yes' must be a bool"),
+        ({"transcript": "Hello."}, "go together"),
+        ({"name": "A"}, "says nothing of its sound"),
+        (CLIP | {"audio_file": "gone.wav"}, "cannot read"),
+        (CLIP | {"audio_file": "config.json"}, "not a wav file"),
+        ({"scene": "A cave.", "codes_file": "x"}, "codes_file needs"),
+        ("text", "must be an object"),
+    ],
+)
+def test_wrong_entry_is_named(tmp_path, entry, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        make_library(write_presets(tmp_path, {"bad_one": entry}))
+    assert "'bad_one'" in str(caught.value)
+
+
+def test_codec_that_cannot_encode_takes_shipped_codes(tmp_path):
+    write_presets(tmp_path, {"a": CLIP | {"codes_file": "a.json"}, "b": CLIP})
+    (tmp_path / "a.json").write_text(json.dumps({"abc": [[1, 2, 3], [4, 5, 6]]}))
+    library = make_library(tmp_path, can_encode=False)
+    clip = library.resolve("a").clip
+    assert clip.codes.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert clip.samples is None
+    with pytest.raises(InvalidRequestError, match=r"'b' cannot be used.*codec abc"):
+        library.resolve("b")
+
+
+def test_codes_of_another_codec_are_not_used(tmp_path):
+    write_presets(tmp_path, {"a": CLIP | {"codes_file": "a.json"}})
+    (tmp_path / "a.json").write_text(json.dumps({"other": [[1], [2]]}))
+    assert make_library(tmp_path).resolve("a").clip.codes is None
+
+
+def test_misshapen_codes_are_refused(tmp_path):
+    write_presets(tmp_path, {"a": CLIP | {"codes_file": "a.json"}})
+    (tmp_path / "a.json").write_text(json.dumps({"abc": [[1, 2, 3]]}))
+    with pytest.raises(ConfigError, match=r"shape \[1, 3\]"):
+        make_library(tmp_path)
+
+
+def test_changed_folder_is_reread_and_a_broken_one_is_logged_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    library = make_library(write_presets(tmp_path, {"a": CLIP}))
+    write_presets(tmp_path, {"a": CLIP, "later": CLIP})
+    assert library.names == ["a", "later"]
+    (tmp_path / "config.json").write_text("{")
+    with caplog.at_level("ERROR"):
+        assert [library.names for _ in range(3)] == [["a", "later"]] * 3
+    assert len(caplog.records) == 1
+    write_presets(tmp_path, {"fresh": CLIP})
+    assert library.names == ["fresh"]
+
+
+def test_changed_clip_is_reread(tmp_path):
+    library = make_library(write_presets(tmp_path, {"a": CLIP}))
+    write_wav(tmp_path / "a.wav", num_samples=9600)
+    assert library.resolve("a").clip.num_frames == 10
+
+
+def test_clip_that_appears_after_its_entry_is_found(tmp_path):
+    library = make_library(write_presets(tmp_path, {"a": CLIP}))
+    write_presets(tmp_path, {"b": CLIP | {"audio_file": "b.wav"}})
+    assert library.names == ["a"]
+    write_wav(tmp_path / "b.wav")
+    assert library.names == ["b"]
+
+
+def test_files_are_not_looked_at_before_the_interval_is_over(tmp_path):
+    now = 0.0
+    library = make_library(
+        write_presets(tmp_path, {"a": CLIP}), refresh_interval_s=10.0, clock=lambda: now
+    )
+    write_presets(tmp_path, {"b": CLIP})
+    now = 9.9
+    assert library.names == ["a"]
+    now = 10.0
+    assert library.names == ["b"]
+
+
+def test_inline_voice_keeps_the_scene_of_its_base():
+    library = make_library()
+    base = library.resolve("de_man")
+    voice = library.make_inline_voice(np.ones(1000, np.float32), " Hallo. ", base)
+    assert (voice.voice_id, voice.transcript, voice.language) == ("inline", "Hallo.", "de")
+    assert voice.clip.num_frames == 2
+
+
+@pytest.mark.parametrize(
+    ("samples", "text", "can_encode", "words"),
+    [(10, "Hi.", False, "decodes only"), (0, "Hi.", True, "no audio"), (10, " ", True, "ref_text")],
+)
+def test_impossible_inline_voice_is_refused(tmp_path, samples, text, can_encode, words):
+    library = make_library(write_presets(tmp_path, {"a": CLIP}), can_encode=can_encode)
+    with pytest.raises(InvalidRequestError, match=words):
+        library.make_inline_voice(np.ones(samples, np.float32), text)
+
+
+def test_library_needs_neither_web_framework_nor_torch():
+    root = Path(__file__).parents[3]
+    code = (
+        "import sys, vllm.entrypoints.bosonai.voices;"
+        "print({'torch', 'fastapi', 'av', 'soxr'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"

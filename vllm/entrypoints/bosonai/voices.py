@@ -1,0 +1,394 @@
+"""The voices of a presets folder: reading, checking, naming, and noticing changed files.
+
+Clips become samples at the codec's rate, or codes that the folder ships. Knows neither HTTP nor
+how the engine encodes a clip.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm.audio import pad_to_multiple, read_wav, resample
+from vllm.exceptions import ConfigError, InvalidRequestError, UnknownVoiceError
+from vllm.logger import get_logger
+from vllm.prompts import PromptClip, Voice
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.messages import EngineInfo
+
+__all__ = ["OPENAI_VOICE_ALIASES", "SHIPPED_PRESETS", "VoiceLibrary"]
+
+logger = get_logger(__name__)
+
+SHIPPED_PRESETS = Path(__file__).parent / "voice_presets"
+
+#: OpenAI's names -> shipped voice. A preset of the same name goes first; an alias whose voice the
+#: folder lacks means the default voice.
+OPENAI_VOICE_ALIASES = {
+    "alloy": "en_woman",
+    "ash": "en_man",
+    "ballad": "en_man",
+    "coral": "en_woman",
+    "echo": "en_man",
+    "fable": "en_man",
+    "onyx": "en_man",
+    "nova": "en_woman",
+    "sage": "en_woman",
+    "shimmer": "en_woman",
+    "verse": "en_man",
+    "marin": "en_woman",
+    "cedar": "en_man",
+}
+
+_TEXT_KEYS = ("transcript", "audio_file", "system_prompt", "scene", "language", "description")
+_KEY_TYPES: dict[str, type] = {
+    **dict.fromkeys((*_TEXT_KEYS, "name", "codes_file"), str),
+    "default": bool,
+}
+
+_Stamp = tuple[tuple[str, int, int], ...]  # (path, mtime in ns, size) of every file
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """The folder as it was read at one time; replaced as a whole, never changed."""
+
+    voices: dict[str, Voice]  # voice id -> voice, in the order of config.json
+    default_id: str
+    stamp: _Stamp
+
+
+class VoiceLibrary:
+    """Voices of one presets folder, reread when its files change.
+
+    Files are looked at when a voice is asked for, at most every ``refresh_interval_s``; a folder
+    that has become invalid keeps the voices it had and is logged once.
+
+    Args:
+        folder: holds ``config.json`` and the clips; None is the shipped one.
+        sample_rate: of the codec, in Hz.
+        hop_length: samples per codec frame; clips are padded to a multiple of it.
+        codec_fingerprint: hash of the codec; key of shipped codes.
+        num_codebooks: rows of shipped codes.
+        can_encode: False if the codec cannot encode, so that voices need shipped codes.
+        default_voice: id or alias; None is the entry with ``"default": true``, else the first.
+        refresh_interval_s: least seconds between two looks at the files.
+        clock: monotonic seconds.
+
+    Raises:
+        ConfigError: the folder or the default voice is wrong; the message names the entry.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        sample_rate: int,
+        hop_length: int,
+        codec_fingerprint: str,
+        num_codebooks: int,
+        can_encode: bool,
+        default_voice: str | None = None,
+        refresh_interval_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder = folder or SHIPPED_PRESETS
+        self._sample_rate = sample_rate
+        self._hop_length = hop_length
+        self._codec_fingerprint = codec_fingerprint
+        self._num_codebooks = num_codebooks
+        self._can_encode = can_encode
+        self._default_voice = default_voice
+        self._refresh_interval_s = refresh_interval_s
+        self._clock = clock
+        self._lock = Lock()
+        self._snapshot = self._load(_stamp(self._folder))
+        self._next_look_s = clock() + refresh_interval_s
+        self._refused_stamp: _Stamp | None = None
+
+    @classmethod
+    def for_engine(
+        cls,
+        info: EngineInfo,
+        *,
+        folder: Path | None = None,
+        default_voice: str | None = None,
+        refresh_interval_s: float = 10.0,
+    ) -> VoiceLibrary:
+        """Voices as the codec of a loaded engine takes them; raises as the constructor does."""
+        return cls(
+            folder,
+            sample_rate=info.sample_rate,
+            hop_length=info.hop_length,
+            codec_fingerprint=info.codec_fingerprint,
+            num_codebooks=info.num_codebooks,
+            can_encode=info.can_encode,
+            default_voice=default_voice,
+            refresh_interval_s=refresh_interval_s,
+        )
+
+    @property
+    def default_id(self) -> str:
+        """Id of the voice that a request without a voice gets."""
+        return self._current().default_id
+
+    @property
+    def names(self) -> list[str]:
+        """Ids of all voices, without aliases."""
+        return list(self._current().voices)
+
+    def resolve(self, voice: str | Mapping[str, Any] | None = None) -> Voice:
+        """Voice of an id, an alias or ``{"id": ...}``; None is the default voice.
+
+        Raises:
+            UnknownVoiceError: there is none of that name; the message lists those there are.
+            InvalidRequestError: not a name, or the codec cannot encode and there are no codes.
+        """
+        snapshot = self._current()
+        name = _requested_name(voice)
+        default_id = snapshot.default_id
+        found = default_id if name is None else _find(name, snapshot.voices, fallback=default_id)
+        if found is None:
+            raise UnknownVoiceError(
+                f"voice {name!r} is unknown; available are {', '.join(snapshot.voices)}",
+                param="voice",
+            )
+        resolved = snapshot.voices[found]
+        needs_encoding = resolved.clip is not None and resolved.clip.samples is not None
+        if needs_encoding and not self._can_encode:
+            raise InvalidRequestError(
+                f"voice {found!r} cannot be used: the served codec cannot encode clips, and the "
+                f"voice ships no codes for it (codec {self._codec_fingerprint})",
+                param="voice",
+            )
+        return resolved
+
+    def list(self) -> list[dict[str, Any]]:
+        """One entry per voice, as ``GET /v1/audio/voices`` shows it."""
+        return [
+            {
+                "id": voice.voice_id,
+                "voice_id": voice.voice_id,
+                "name": voice.name,
+                "description": voice.description,
+                "language": voice.language,
+                "labels": voice.labels,
+                "default": voice.is_default,
+                "duration": round(voice.duration_s, 3),
+            }
+            for voice in self._current().voices.values()
+        ]
+
+    def make_inline_voice(
+        self, ref_audio: NDArray[np.float32], ref_text: str, base: Voice | None = None
+    ) -> Voice:
+        """Voice of one request, cloned from its own clip.
+
+        Args:
+            ref_audio: float32 [num_samples], mono, at the codec's rate.
+            ref_text: what the clip says.
+            base: voice whose language, scene and system prompt are kept.
+
+        Raises:
+            InvalidRequestError: the codec cannot encode, or clip or text is empty.
+        """
+        if not self._can_encode:
+            raise InvalidRequestError(
+                "ref_audio cannot be used: the served codec decodes only", param="ref_audio"
+            )
+        if not len(ref_audio):
+            raise InvalidRequestError("ref_audio holds no audio samples", param="ref_audio")
+        if not ref_text.strip():
+            raise InvalidRequestError(
+                "ref_text is empty; give the words of ref_audio", param="ref_text"
+            )
+        base = base or Voice(voice_id="inline", name="Inline")
+        return replace(
+            base,
+            voice_id="inline",
+            name="Inline",
+            transcript=ref_text.strip(),
+            clip=self._clip_of(ref_audio),
+            is_default=False,
+            duration_s=len(ref_audio) / self._sample_rate,
+        )
+
+    def _current(self) -> _Snapshot:
+        """The voices as the files have them now, or had them at the last look."""
+        with self._lock:
+            now = self._clock()
+            if now < self._next_look_s:
+                return self._snapshot
+            self._next_look_s = now + self._refresh_interval_s
+            stamp = _stamp(self._folder)
+            if stamp not in (self._snapshot.stamp, self._refused_stamp):
+                self._reload(stamp)
+            return self._snapshot
+
+    def _reload(self, stamp: _Stamp) -> None:
+        try:
+            self._snapshot = self._load(stamp)
+        except ConfigError as error:
+            self._refused_stamp = stamp
+            logger.error("the voices stay as they were: %s", error)
+            return
+        self._refused_stamp = None
+        logger.info("voices reread from %s: %s", self._folder, ", ".join(self._snapshot.voices))
+
+    def _load(self, stamp: _Stamp) -> _Snapshot:
+        entries = _read_entries(self._folder / "config.json")
+        voices = {name: self._read_voice(name, entry) for name, entry in entries.items()}
+        default_id = self._choose_default(voices)
+        voices = {
+            name: replace(voice, is_default=name == default_id) for name, voice in voices.items()
+        }
+        return _Snapshot(voices, default_id, stamp)
+
+    def _choose_default(self, voices: dict[str, Voice]) -> str:
+        first = next(iter(voices))
+        marked = [name for name, voice in voices.items() if voice.is_default]
+        if self._default_voice is None:
+            return marked[0] if marked else first
+        chosen = _find(self._default_voice, voices, fallback=first)
+        if chosen is None:
+            raise ConfigError(
+                f"default voice {self._default_voice!r} is unknown; "
+                f"{self._folder} has {', '.join(voices)}"
+            )
+        return chosen
+
+    def _read_voice(self, voice_id: str, entry: dict[str, Any]) -> Voice:
+        language = entry.get("language", "en")
+        clip, duration_s = self._read_clip(voice_id, entry)
+        return Voice(
+            voice_id=voice_id,
+            name=entry.get("name", voice_id.replace("_", " ").title()),
+            language=language,
+            description=entry.get("description", ""),
+            transcript=entry.get("transcript"),
+            clip=clip,
+            system_prompt=entry.get("system_prompt"),
+            scene=entry.get("scene"),
+            is_default=entry.get("default", False),
+            duration_s=duration_s,
+            labels={"language": language},
+        )
+
+    def _read_clip(self, voice_id: str, entry: dict[str, Any]) -> tuple[PromptClip | None, float]:
+        """Clip and its seconds; shipped codes of this codec go before the samples."""
+        if "audio_file" not in entry:
+            return None, 0.0
+        path = self._folder / entry["audio_file"]
+        try:
+            samples, rate = read_wav(path)
+        except (OSError, InvalidRequestError) as error:
+            raise ConfigError(f"voice {voice_id!r}: cannot read {path}: {error}") from error
+        if not len(samples):
+            raise ConfigError(f"voice {voice_id!r}: {path} holds no audio samples")
+        duration_s = len(samples) / rate
+        codes = self._read_codes(voice_id, entry)
+        if codes is not None:
+            return PromptClip(num_frames=codes.shape[1], codes=codes), duration_s
+        return self._clip_of(resample(samples, rate, self._sample_rate)), duration_s
+
+    def _read_codes(self, voice_id: str, entry: dict[str, Any]) -> NDArray[np.int16] | None:
+        """Codes int16 [num_codebooks, num_frames] shipped for this codec, if there are any."""
+        if "codes_file" not in entry:
+            return None
+        path = self._folder / entry["codes_file"]
+        by_codec = _read_object(path, f"voice {voice_id!r}")
+        if self._codec_fingerprint not in by_codec:
+            return None
+        try:
+            codes = np.array(by_codec[self._codec_fingerprint], np.int16)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(f"voice {voice_id!r}: {path} holds no table of codes") from error
+        if codes.ndim != 2 or codes.shape[0] != self._num_codebooks or not codes.size:
+            raise ConfigError(
+                f"voice {voice_id!r}: codes in {path} have shape {list(codes.shape)}; "
+                f"the codec needs [{self._num_codebooks}, T], T >= 1"
+            )
+        return codes
+
+    def _clip_of(self, samples: NDArray[np.float32]) -> PromptClip:
+        padded = pad_to_multiple(samples, self._hop_length)
+        return PromptClip(num_frames=len(padded) // self._hop_length, samples=padded)
+
+
+def _requested_name(voice: str | Mapping[str, Any] | None) -> str | None:
+    name = voice.get("id") if isinstance(voice, Mapping) else voice
+    if isinstance(name, str) or voice is None:
+        return name
+    raise InvalidRequestError(f'voice {voice!r} must be a name or {{"id": name}}', param="voice")
+
+
+def _find(name: str, voices: Mapping[str, Voice], *, fallback: str) -> str | None:
+    if name in voices:
+        return name
+    alias = OPENAI_VOICE_ALIASES.get(name)
+    return alias if alias is None or alias in voices else fallback
+
+
+def _read_entries(path: Path) -> dict[str, dict[str, Any]]:
+    entries = _read_object(path, "voice presets")
+    if not entries:
+        raise ConfigError(f"voice presets: {path} names no voice")
+    for voice_id, entry in entries.items():
+        _check_entry(voice_id, entry)
+    return entries
+
+
+def _check_entry(voice_id: str, entry: object) -> None:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"voice {voice_id!r} must be an object, not {entry!r}")
+    for key, value in entry.items():
+        if key not in _KEY_TYPES:
+            raise ConfigError(
+                f"voice {voice_id!r} has the unknown key {key!r}; known are {', '.join(_KEY_TYPES)}"
+            )
+        if not isinstance(value, _KEY_TYPES[key]):
+            raise ConfigError(
+                f"voice {voice_id!r}: {key}={value!r} must be a {_KEY_TYPES[key].__name__}"
+            )
+    if ("transcript" in entry) != ("audio_file" in entry):
+        raise ConfigError(
+            f"voice {voice_id!r}: transcript and audio_file go together; one is missing"
+        )
+    if "codes_file" in entry and "audio_file" not in entry:
+        raise ConfigError(f"voice {voice_id!r}: codes_file needs the audio_file that it encodes")
+    if not entry.keys() & {"audio_file", "scene", "system_prompt"}:
+        raise ConfigError(
+            f"voice {voice_id!r} says nothing of its sound; "
+            "give transcript and audio_file, scene or system_prompt"
+        )
+
+
+def _read_object(path: Path, what: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{what}: cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{what}: {path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _stamp(folder: Path) -> _Stamp:
+    """Name, time and size of every file below ``folder``."""
+    stamp = []
+    for path in sorted(folder.rglob("*")):
+        try:
+            status = path.stat()
+        except OSError:  # gone since it was listed
+            continue
+        stamp.append((str(path), status.st_mtime_ns, status.st_size))
+    return tuple(stamp)

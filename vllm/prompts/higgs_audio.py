@@ -1,0 +1,240 @@
+"""Prompts of Higgs Audio v2: system turn, reference, earlier turns, text turn (specification §5).
+
+Ids come from the tokenizer and the checkpoint's config by name. How clips become codes and how
+positions become embeddings is the engine's business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm.checkpoint_config import HiggsAudioConfig
+from vllm.exceptions import ConfigError, InvalidRequestError
+from vllm.prompts.interface import BuiltPrompt, PromptClip, SpokenTurn, Voice
+from vllm.prompts.normalize import SOUND_MARKS, normalize_text
+from vllm.prompts.tokenizer import TextTokenizer
+
+__all__ = ["DEFAULT_SCENE", "HiggsAudioPromptBuilder"]
+
+DEFAULT_SCENE = "Audio is recorded from a quiet room."
+_INSTRUCTION = "Generate audio following instruction."
+_SYSTEM_MARKS = (
+    "<|scene_desc_start|>",
+    "<|scene_desc_end|>",
+    "<|generation_instruction_start|>",
+    "<|generation_instruction_end|>",
+)
+
+Role = Literal["system", "user", "assistant"]
+
+
+class _Turn(NamedTuple):
+    role: Role
+    ids: list[int]
+
+
+class HiggsAudioPromptBuilder:
+    """Builds in-context cloning prompts for one checkpoint.
+
+    Raises:
+        ConfigError: tokenizer and config disagree about the id that opens audio.
+        CheckpointError: the tokenizer lacks a token that every prompt needs.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, config: HiggsAudioConfig) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self._bos = tokenizer.token_id("<|begin_of_text|>")
+        self._start_header = tokenizer.token_id("<|start_header_id|>")
+        self._end_header = tokenizer.token_id("<|end_header_id|>")
+        self._end_of_turn = tokenizer.token_id("<|eot_id|>")
+        self._end_of_message = tokenizer.token_id("<|eom_id|>")
+        self._open_audio = tokenizer.token_id("<|audio_out_bos|>")
+        self._close_audio = tokenizer.token_id("<|audio_eos|>")
+        if self._open_audio != config.audio_out_bos_token_id:
+            raise ConfigError(
+                f"the tokenizer spells id {self._open_audio} <|audio_out_bos|>, but config.json "
+                f"opens audio with {config.audio_out_bos_token_id}; both must be of one checkpoint"
+            )
+
+    @classmethod
+    def from_folder(cls, model_folder: Path, tokenizer_folder: Path) -> HiggsAudioPromptBuilder:
+        """Builder of a checkpoint; both folders are usually the same."""
+        return cls(
+            TextTokenizer.from_folder(tokenizer_folder), HiggsAudioConfig.from_folder(model_folder)
+        )
+
+    def build(
+        self,
+        text: str,
+        voice: Voice,
+        *,
+        instructions: str | None = None,
+        system_prompt: str | None = None,
+        normalize: bool = True,
+        history: Sequence[SpokenTurn] = (),
+    ) -> BuiltPrompt:
+        """Prompt that speaks ``text`` in ``voice``.
+
+        Args:
+            text: as the user wrote it.
+            voice: its clip is the reference; without one its scene text alone describes it.
+            instructions: joins the voice's scene text; unused beside a system prompt.
+            system_prompt: replaces the whole system text, also the voice's.
+            normalize: rewrite ``text`` and the texts of ``history`` first.
+            history: earlier parts as the user wrote them, oldest first.
+
+        Raises:
+            InvalidRequestError: nothing is left to speak.
+        """
+        system_text = system_prompt or voice.system_prompt or _system_text(voice, instructions)
+        turns = [_Turn("system", self._encode_marked(system_text.strip(), _SYSTEM_MARKS))]
+        clips: list[PromptClip] = []
+        if voice.clip is not None:
+            transcript = self._tokenizer.encode((voice.transcript or "").strip())
+            turns += [_Turn("user", transcript), self._spoken(voice.clip)]
+            clips.append(voice.clip)
+        for part in history:
+            turns += [_Turn("user", self._encode_text(part.text, normalize))]
+            turns += [self._spoken(part.clip)]
+            clips.append(part.clip)
+        text_ids = self._encode_text(text, normalize)
+        if not text_ids:
+            raise InvalidRequestError("input holds nothing to speak", param="input")
+        turns.append(_Turn("user", text_ids))
+        ids = [self._bos, *self._render(turns), *self._header("assistant"), self._open_audio]
+        return self._built(np.asarray(ids, np.int32), tuple(clips))
+
+    def from_token_ids(
+        self, token_ids: Sequence[int], codes: Sequence[NDArray[np.integer]]
+    ) -> BuiltPrompt:
+        """Check a finished prompt; placeholders of either layout become the one of ``build``.
+
+        Args:
+            token_ids: [num_positions], ending with the id that opens audio output.
+            codes: int [num_codebooks, T] for each placeholder run, in order, without delay.
+
+        Raises:
+            InvalidRequestError: an id is out of range, or runs and codes do not fit.
+        """
+        ids = self._check_ids(token_ids)
+        clips = tuple(self._check_codes(each, index) for index, each in enumerate(codes))
+        is_slot = np.isin(ids, list(self._config.audio_placeholder_ids))
+        run_lengths = [sum(1 for _ in run) for slot, run in groupby(is_slot) if slot]
+        if len(run_lengths) != len(clips):
+            raise InvalidRequestError(
+                f"prompt_token_ids has {len(run_lengths)} audio placeholder runs, but prompt_codes "
+                f"has {len(clips)} clips; give one clip for each run",
+                param="prompt_codes",
+            )
+        for index, (length, clip) in enumerate(zip(run_lengths, clips, strict=True)):
+            if length != self._num_slots(clip):
+                raise InvalidRequestError(
+                    f"placeholder run {index} of prompt_token_ids has {length} ids, but "
+                    f"prompt_codes[{index}] with {clip.num_frames} frames needs "
+                    f"{self._num_slots(clip)} (frames + codebooks + 1)",
+                    param="prompt_token_ids",
+                )
+        ids[is_slot] = self._config.audio_token_id
+        return self._built(ids, clips)
+
+    def _built(self, ids: NDArray[np.int32], clips: tuple[PromptClip, ...]) -> BuiltPrompt:
+        is_slot = ids == self._config.audio_token_id
+        begins = is_slot & ~np.roll(is_slot, 1)  # no prompt ends with a slot
+        return BuiltPrompt(ids, clips, tuple(np.flatnonzero(begins).tolist()))
+
+    def count_tokens(self, text: str) -> int:
+        """Number of text ids of ``text``."""
+        return len(self._tokenizer.encode(text))
+
+    def _render(self, turns: Sequence[_Turn]) -> Iterator[int]:
+        next_roles = [turn.role for turn in turns[1:]] + [None]
+        for turn, next_role in zip(turns, next_roles, strict=True):
+            yield from self._header(turn.role)
+            yield from turn.ids
+            continues = turn.role == next_role == "assistant"
+            yield self._end_of_message if continues else self._end_of_turn
+
+    def _header(self, role: Role) -> list[int]:
+        encode = self._tokenizer.encode
+        return [self._start_header, *encode(role), self._end_header, *encode("\n\n")]
+
+    def _spoken(self, clip: PromptClip) -> _Turn:
+        slots = [self._config.audio_token_id] * self._num_slots(clip)
+        return _Turn("assistant", [self._open_audio, *slots, self._close_audio])
+
+    def _num_slots(self, clip: PromptClip) -> int:
+        """Delayed frames of a clip: its own, one BOS and one EOS column, K - 1 of delay."""
+        return clip.num_frames + self._config.num_codebooks + 1
+
+    def _encode_text(self, text: str, normalize: bool) -> list[int]:
+        if normalize:
+            return self._encode_marked(normalize_text(text), SOUND_MARKS)
+        return self._tokenizer.encode(text.strip())
+
+    def _encode_marked(self, text: str, marks: Sequence[str]) -> list[int]:
+        """Ids of ``text`` in which the spellings ``marks`` stand for their tokens.
+
+        A mark that the tokenizer lacks is ordinary text.
+        """
+        known = [mark for mark in marks if self._tokenizer.has_token(mark)]
+        if not known:
+            return self._tokenizer.encode(text)
+        pieces = re.split("(" + "|".join(map(re.escape, known)) + ")", text)
+        ids: list[int] = []
+        for index, piece in enumerate(pieces):
+            is_mark = index % 2 == 1
+            ids += [self._tokenizer.token_id(piece)] if is_mark else self._tokenizer.encode(piece)
+        return ids
+
+    def _check_ids(self, token_ids: Sequence[int]) -> NDArray[np.int32]:
+        for index, token_id in enumerate(token_ids):
+            is_int = isinstance(token_id, int | np.integer) and not isinstance(token_id, bool)
+            if not is_int or not 0 <= token_id < self._config.vocab_size:
+                raise InvalidRequestError(
+                    f"prompt_token_ids[{index}]={token_id!r} must be a whole number from 0 to "
+                    f"{self._config.vocab_size - 1}",
+                    param="prompt_token_ids",
+                )
+        if not len(token_ids) or token_ids[-1] != self._open_audio:
+            raise InvalidRequestError(
+                f"prompt_token_ids must end with {self._open_audio} (<|audio_out_bos|>), "
+                "which opens audio output",
+                param="prompt_token_ids",
+            )
+        return np.asarray(token_ids, np.int32)
+
+    def _check_codes(self, codes: NDArray[np.integer], index: int) -> PromptClip:
+        codes = np.asarray(codes)
+        field = f"prompt_codes[{index}]"
+        num_codebooks = self._config.num_codebooks
+        if codes.ndim != 2 or codes.shape[0] != num_codebooks or codes.shape[1] < 1:
+            raise InvalidRequestError(
+                f"{field} has shape {list(codes.shape)}; it must be [{num_codebooks}, T], T >= 1",
+                param="prompt_codes",
+            )
+        if not np.issubdtype(codes.dtype, np.integer):
+            raise InvalidRequestError(
+                f"{field} has dtype {codes.dtype}; it must be whole numbers", param="prompt_codes"
+            )
+        max_code = min(self._config.stream_bos_id, self._config.stream_eos_id) - 1
+        if codes.min() < 0 or codes.max() > max_code:
+            raise InvalidRequestError(
+                f"{field} has codes from {codes.min()} to {codes.max()}; "
+                f"allowed are 0 to {max_code}",
+                param="prompt_codes",
+            )
+        return PromptClip(num_frames=codes.shape[1], codes=codes.astype(np.int16))
+
+
+def _system_text(voice: Voice, instructions: str | None) -> str:
+    scene = voice.scene or DEFAULT_SCENE
+    body = "\n".join(text.strip() for text in (scene, instructions) if text and text.strip())
+    return f"{_INSTRUCTION}\n\n<|scene_desc_start|>\n{body}\n<|scene_desc_end|>"
