@@ -98,17 +98,20 @@ def test_say_takes_the_format_from_the_extension(tmp_path: Path, name: str) -> N
         assert container.streams.audio[0].codec_context.name.startswith(name[:3])
 
 
-def test_say_changes_the_speed(tmp_path: Path) -> None:
+def test_say_changes_the_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.pcm"
     assert main(["say", "Hello.", "-o", str(out), "--speed", "2"]) == 0
     assert out.stat().st_size == RATE
+    assert "0.50 s of audio" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         (["-o", "out.txt"], "--output 'txt'"),
+        (["-o", "none/out.wav"], "there is no folder none"),
         (["-o", "out.wav", "--seed", "-1"], "seed"),
+        (["-o", "out.wav", "--speed", "9"], "speed"),
         (["-o", "out.wav", "--temperature", "-1"], "temperature"),
     ],
 )

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm.audio import FORMATS, MAX_SPEED, MIN_SPEED, TimeStretch, lookup, make_encoder
+import numpy as np
+
+from vllm.audio import FORMATS, MAX_SPEED, MIN_SPEED, TimeStretch, encode_all, lookup
 from vllm.config import EngineConfig
 from vllm.entrypoints.cli_args import add_engine_flags, normalize_flags, parse_engine_config
 from vllm.exceptions import ConfigError
@@ -31,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
         options = _engine_options(parse_engine_config(vars(arguments)))
     except ConfigError as error:
         parser.error(str(error))
-    lookup(arguments.output.suffix.lstrip("."), param="--output")
+    _check_output(arguments.output)
     text = sys.stdin.read() if arguments.text == "-" else arguments.text
     prompt = SpeechPrompt(
         text=text,
@@ -54,10 +56,10 @@ def run(argv: Sequence[str]) -> int:
         output = llm.generate([prompt], params)[0]
     finally:
         llm.shutdown()
-    num_bytes = _write(output, arguments.output, arguments.speed)
+    seconds = _write(output, arguments.output, arguments.speed)
     print(
-        f"{arguments.output}: {num_bytes} bytes, {output.stats.audio_duration_s:.2f} s of audio, "
-        f"seed {output.seed}, ended by {output.finish_reason}"
+        f"{arguments.output}: {seconds:.2f} s of audio, seed {output.seed}, "
+        f"ended by {output.finish_reason}"
     )
     return 0
 
@@ -103,12 +105,16 @@ def _engine_options(config: EngineConfig) -> dict[str, Any]:
     return options
 
 
-def _write(output: SpeechOutput, path: Path, speed: float) -> int:
-    """Write the audio in the format of the extension; returns the file's size."""
-    fmt = lookup(path.suffix.lstrip("."), param="--output")
-    encoder = make_encoder(fmt, output.sample_rate, streaming=False)
+def _check_output(path: Path) -> None:
+    """Refuse before the model is loaded what could not be written afterwards."""
+    lookup(path.suffix.lstrip("."), param="--output")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output {path}: there is no folder {path.parent}")
+
+
+def _write(output: SpeechOutput, path: Path, speed: float) -> float:
+    """Write the audio in the format of the extension; returns its seconds."""
     stretch = TimeStretch(output.sample_rate, speed)
-    data = encoder.encode(stretch.process(output.audio))
-    data += encoder.encode(stretch.finish())
-    data += encoder.finish()
-    return path.write_bytes(data)
+    samples = np.concatenate([stretch.process(output.audio), stretch.finish()])
+    path.write_bytes(encode_all(samples, lookup(path.suffix.lstrip(".")), output.sample_rate))
+    return samples.size / output.sample_rate
