@@ -111,7 +111,7 @@ def test_say_changes_the_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["-o", "out.txt"], "--output 'txt'"),
         (["-o", "none/out.wav"], "there is no folder none"),
         (["-o", "out.wav", "--seed", "-1"], "seed"),
-        (["-o", "out.wav", "--speed", "9"], "speed"),
+        (["-o", "out.wav", "--speed", "9"], "--speed 9"),
         (["-o", "out.wav", "--temperature", "-1"], "temperature"),
     ],
 )

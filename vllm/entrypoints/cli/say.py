@@ -34,6 +34,7 @@ def run(argv: Sequence[str]) -> int:
     except ConfigError as error:
         parser.error(str(error))
     _check_output(arguments.output)
+    _check_speed(arguments.speed)
     text = sys.stdin.read() if arguments.text == "-" else arguments.text
     prompt = SpeechPrompt(
         text=text,
@@ -110,6 +111,11 @@ def _check_output(path: Path) -> None:
     lookup(path.suffix.lstrip("."), param="--output")
     if not path.parent.is_dir():
         raise ConfigError(f"--output {path}: there is no folder {path.parent}")
+
+
+def _check_speed(speed: float) -> None:
+    if not MIN_SPEED <= speed <= MAX_SPEED:
+        raise ConfigError(f"--speed {speed:g}: {MIN_SPEED} to {MAX_SPEED}")
 
 
 def _write(output: SpeechOutput, path: Path, speed: float) -> float:
