@@ -15,7 +15,7 @@ from vllm.audio import FORMATS
 from vllm.config import EngineConfig
 from vllm.entrypoints.bosonai.api_server import build_app
 from vllm.entrypoints.bosonai.engine_host import EngineHost
-from vllm.entrypoints.bosonai.serving_audio import END_HEADERS, START_HEADERS
+from vllm.entrypoints.bosonai.speech_reply import END_HEADERS, START_HEADERS
 from vllm.entrypoints.cli_args import IGNORED_FLAGS, REFUSED_FLAGS, ServerConfig, parse_serve_args
 from vllm.entrypoints.openai import AudioSpeechRequest
 from vllm.outputs import FinishReason

@@ -34,7 +34,9 @@ from vllm.entrypoints.bosonai.middleware import (
     RequestIdMiddleware,
 )
 from vllm.entrypoints.bosonai.reference_audio import ReferenceAudioLoader
-from vllm.entrypoints.bosonai.serving_audio import END_HEADERS, START_HEADERS, ServingAudio
+from vllm.entrypoints.bosonai.serving_audio import ServingAudio
+from vllm.entrypoints.bosonai.speech_reply import END_HEADERS, START_HEADERS
+from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.bosonai.voices import VoiceLibrary
 from vllm.entrypoints.cli_args import ServeArgs, parse_serve_args
 from vllm.entrypoints.openai.errors import install_error_handlers
@@ -128,7 +130,8 @@ def build_app(args: ServeArgs, host: EngineHost) -> FastAPI:
     _add_metrics_route(app, metrics)
     _add_model_routes(app, args, host)
     loader = ReferenceAudioLoader(args.server, clips)
-    _add_audio_routes(app, host, ServingAudio(args, host, metrics, encoders, loader))
+    synthesizer = Synthesizer(args.server, host, metrics)
+    _add_audio_routes(app, host, ServingAudio(args, synthesizer, encoders, loader))
     return app
 
 

@@ -1,0 +1,261 @@
+"""How audio leaves the server: encoded as a stream, as server-sent events, or as one file.
+
+An error after the first byte breaks the reply off and never becomes bytes of audio. Knows nothing
+of request bodies and routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from vllm.audio import AudioFormat, TimeStretch, make_encoder
+from vllm.entrypoints.bosonai.middleware import unless_client_leaves
+from vllm.entrypoints.openai.errors import error_body
+from vllm.exceptions import EngineError, HiggsAudioError
+from vllm.logger import get_logger
+from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
+
+__all__ = ["END_HEADERS", "START_HEADERS", "Ending", "SpeechReply", "StreamedReply", "summary"]
+
+logger = get_logger(__name__)
+
+# known before the first byte, so on every reply
+START_HEADERS = ("X-Seed", "X-Voice", "X-Sample-Rate", "X-Channels", "X-Bit-Depth")
+# known at the end, so on complete files only
+END_HEADERS = (
+    "X-Usage-Prompt-Tokens",
+    "X-Usage-Completion-Tokens",
+    "X-Usage-Audio-Tokens",
+    "X-Usage-Total-Tokens",
+    "X-Audio-Duration-Seconds",
+    "X-Processing-Time-Seconds",
+    "X-Realtime-Factor",
+    "X-RTF",
+    "X-Finish-Reason",
+)
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class AudioPipe:
+    """Stretches and encodes one reply. Blocking; one call at a time, on any thread."""
+
+    def __init__(
+        self, audio_format: AudioFormat, sample_rate: int, speed: float, *, streaming: bool
+    ) -> None:
+        self._encoder = make_encoder(audio_format, sample_rate, streaming=streaming)
+        self._stretch = None if speed == 1.0 else TimeStretch(sample_rate, speed)
+        self._sample_rate = sample_rate
+        self._num_samples = 0
+
+    @property
+    def duration_s(self) -> float:
+        """Audio put in so far, after stretching."""
+        return self._num_samples / self._sample_rate
+
+    def push(self, samples: NDArray[np.float32]) -> bytes:
+        return self._encode(samples if self._stretch is None else self._stretch.process(samples))
+
+    def finish(self) -> bytes:
+        rest = b"" if self._stretch is None else self._encode(self._stretch.finish())
+        return rest + self._encoder.finish()
+
+    def _encode(self, samples: NDArray[np.float32]) -> bytes:
+        self._num_samples += samples.size
+        return self._encoder.encode(samples) if samples.size else b""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a reply ended."""
+
+    reason: FinishReason
+    usage: Usage
+    stats: SpeechStats
+    seed: int
+
+
+class SpeechReply:
+    """One reply under way: its first output is there, the others follow.
+
+    Args:
+        first: the first output with audio.
+        outputs: the others.
+        pool: threads that encode and stretch.
+        audio_format: of the bytes.
+        voice_id: for the header.
+        speed: 0.25 to 4, pitch kept.
+        streaming: bytes leave as they come; else the container states its true length.
+    """
+
+    def __init__(
+        self,
+        first: SpeechOutput,
+        outputs: AsyncGenerator[SpeechOutput],
+        pool: ThreadPoolExecutor,
+        *,
+        audio_format: AudioFormat,
+        voice_id: str,
+        speed: float = 1.0,
+        streaming: bool,
+    ) -> None:
+        self.format = audio_format
+        self._first = first
+        self._outputs = outputs
+        self._voice_id = voice_id
+        self._pool = pool
+        self._pipe = AudioPipe(audio_format, first.sample_rate, speed, streaming=streaming)
+        self._ending: Ending | None = None
+
+    def headers(self) -> dict[str, str]:
+        """Headers known before the first byte."""
+        return {
+            **_STREAM_HEADERS,
+            "X-Seed": str(self._first.seed),
+            "X-Voice": self._voice_id,
+            "X-Sample-Rate": str(self._first.sample_rate),
+            "X-Channels": "1",
+            "X-Bit-Depth": "16",
+        }
+
+    async def audio(self) -> AsyncGenerator[bytes]:
+        """Pieces of one valid file, each as soon as it exists."""
+        async for output in self._all_outputs():
+            piece = await self._run(self._pipe.push, output.audio)
+            if piece:
+                yield piece
+            if output.finish_reason is not None:
+                self._end(output, output.finish_reason)
+        if self._ending is None:
+            raise EngineError("the engine stopped before the audio was complete")
+        tail = await self._run(self._pipe.finish)
+        if tail:
+            yield tail
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """Server-sent events: the pieces of ``audio``, then usage, or an error."""
+        try:
+            async for piece in self.audio():
+                encoded = base64.b64encode(piece).decode("ascii")
+                yield _event({"type": "speech.audio.delta", "audio": encoded})
+        except HiggsAudioError as error:
+            logger.error("reply ended with an error event: %s", error)
+            body = error_body(error.http_status, str(error), code=error.code)
+            yield _event({"type": "speech.audio.error", "error": body["error"]})
+            return
+        yield _event({"type": "speech.audio.done", **summary(self._finished())})
+
+    async def file(self) -> Response:
+        """The complete file, with its true length, usage and timings."""
+        async with aclosing(self._outputs):
+            data = b"".join([piece async for piece in self.audio()])
+        headers = {**self.headers(), **_end_headers(self._finished())}
+        return Response(data, media_type=self.format.media_type, headers=headers)
+
+    async def _all_outputs(self) -> AsyncIterator[SpeechOutput]:
+        yield self._first
+        async for output in self._outputs:
+            yield output
+
+    async def _run(self, function: Any, *args: Any) -> bytes:
+        loop = asyncio.get_running_loop()
+        data: bytes = await loop.run_in_executor(self._pool, function, *args)
+        return data
+
+    def _end(self, last: SpeechOutput, reason: FinishReason) -> None:
+        self._ending = Ending(reason, last.usage, last.stats, last.seed)
+
+    def _finished(self) -> Ending:
+        """The ending; durations are those of the file, so after stretching."""
+        assert self._ending is not None, "the audio is complete"
+        stats = dataclasses.replace(self._ending.stats, audio_duration_s=self._pipe.duration_s)
+        return dataclasses.replace(self._ending, stats=stats)
+
+
+class StreamedReply(Response):
+    """Sends pieces as they come and ends the request when the client leaves."""
+
+    def __init__(
+        self,
+        pieces: AsyncGenerator[bytes],
+        outputs: AsyncGenerator[SpeechOutput],
+        media_type: str,
+        headers: Mapping[str, str],
+    ) -> None:
+        super().__init__(media_type=media_type, headers=headers)
+        del self.headers["content-length"]
+        self._pieces = pieces
+        self._outputs = outputs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._outputs):
+            await unless_client_leaves(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        await send(
+            {
+                "type": "http.response.start",
+                "status": self.status_code,
+                "headers": self.raw_headers,
+            }
+        )
+        async with aclosing(self._pieces):
+            async for piece in self._pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _event(payload: Mapping[str, Any]) -> bytes:
+    text = json.dumps(payload, separators=(",", ":"))
+    return f"event: {payload['type']}\ndata: {text}\n\n".encode()
+
+
+def summary(ending: Ending) -> dict[str, Any]:
+    usage, stats = ending.usage, ending.stats
+    return {
+        "usage": {
+            "input_tokens": usage.prompt_tokens,
+            "output_tokens": usage.output_tokens,
+            "total_tokens": usage.total_tokens,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "audio_tokens": usage.audio_tokens,
+        },
+        "stats": {
+            "audio_duration_seconds": round(stats.audio_duration_s, 4),
+            "processing_time_seconds": round(stats.processing_time_s, 4),
+            "realtime_factor": round(stats.realtime_factor, 4),
+            "rtf": round(stats.rtf, 4),
+            "time_to_first_audio_seconds": stats.time_to_first_audio_s,
+        },
+        "finish_reason": ending.reason.value,
+        "seed": ending.seed,
+    }
+
+
+def _end_headers(ending: Ending) -> dict[str, str]:
+    usage, stats = ending.usage, ending.stats
+    values = (
+        str(usage.prompt_tokens),
+        str(usage.completion_tokens),
+        str(usage.audio_tokens),
+        str(usage.total_tokens),
+        f"{stats.audio_duration_s:.4f}",
+        f"{stats.processing_time_s:.4f}",
+        f"{stats.realtime_factor:.4f}",
+        f"{stats.rtf:.4f}",
+        ending.reason.value,
+    )
+    return dict(zip(END_HEADERS, values, strict=True))
