@@ -49,7 +49,7 @@ END_HEADERS = (
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-class AudioPipe:
+class _AudioPipe:
     """Stretches and encodes one reply. Blocking; one call at a time, on any thread."""
 
     def __init__(
@@ -116,7 +116,7 @@ class SpeechReply:
         self._outputs = outputs
         self._voice_id = voice_id
         self._pool = pool
-        self._pipe = AudioPipe(audio_format, first.sample_rate, speed, streaming=streaming)
+        self._pipe = _AudioPipe(audio_format, first.sample_rate, speed, streaming=streaming)
         self._ending: Ending | None = None
 
     def headers(self) -> dict[str, str]:
