@@ -16,10 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
+import torch
+from transformers import HiggsAudioV2ForConditionalGeneration
+
+from vllm.checkpoints import run_make
+from vllm.entrypoints.bosonai.voices import VoiceLibrary
+from vllm.model_executor.framing import DelayPattern
+from vllm.prompts.higgs_audio import HiggsAudioPromptBuilder
 
 READY_LIMIT_S = 90
+CHECKPOINT_SEED = 1
 REQUEST = {"input": "Hello, this is a test.", "seed": 42, "max_tokens": 60}
 
 
@@ -99,10 +108,8 @@ class RealServer:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from vllm.checkpoints import run_make
-
     folder = tmp_path_factory.mktemp("checkpoint")
-    run_make(folder, layout="boson", size="tiny", seed=1)
+    run_make(folder, layout="boson", size="tiny", seed=CHECKPOINT_SEED)
     return folder
 
 
@@ -249,3 +256,47 @@ def test_a_port_that_is_taken_is_named() -> None:
     assert ended.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_pcm_equals_generate_and_the_reference_codec(
+    server: RealServer, tmp_path: Path, reference_codec_class: Any
+) -> None:
+    """The whole path against transformers: one prompt with a cloned voice, greedy, 60 frames."""
+    pcm = server.pcm(
+        voice="en_man", temperature=0, ras_window_length=0, eos_rule="reference", normalize=False
+    )
+    # The same weights in the layout that transformers loads.
+    run_make(tmp_path, layout="transformers", size="tiny", seed=CHECKPOINT_SEED)
+    codec = reference_codec_class.from_pretrained(tmp_path / "codec").eval()
+    voices = VoiceLibrary(
+        sample_rate=24_000, hop_length=960, codec_fingerprint="", num_codebooks=8, can_encode=True
+    )
+    voice = voices.resolve("en_man")
+    assert voice.clip is not None
+    assert voice.clip.samples is not None
+    with torch.inference_mode():
+        clip_codes = codec.encode(torch.from_numpy(voice.clip.samples)[None, None]).audio_codes[0]
+    pattern = DelayPattern(8, 1024, 1025)
+    clip_frames = torch.from_numpy(pattern.apply(clip_codes.numpy()).astype(np.int64))
+    builder = HiggsAudioPromptBuilder.from_folder(tmp_path / "lm", tmp_path / "lm")
+    built = builder.build(REQUEST["input"], voice, normalize=False)
+
+    model = HiggsAudioV2ForConditionalGeneration.from_pretrained(tmp_path / "lm").float().eval()
+    for name in ("ras_win_len", "ras_win_max_num_repeat"):
+        if hasattr(model.generation_config, name):
+            delattr(model.generation_config, name)
+    with torch.inference_mode():
+        frames = model.generate(
+            input_ids=torch.from_numpy(built.token_ids.astype(np.int64))[None],
+            attention_mask=torch.ones(1, built.num_positions, dtype=torch.long),
+            audio_input_ids=clip_frames[None],
+            audio_input_ids_mask=torch.ones(1, len(clip_frames), dtype=torch.bool),
+            max_new_tokens=REQUEST["max_tokens"],
+            do_sample=False,
+        )[0, len(clip_frames) :]
+        codes = torch.from_numpy(pattern.undo(frames.numpy(), ended=False).astype(np.int64))
+        audio = codec.decode(codes[None]).audio_values[0, 0].numpy()
+    expected = np.rint(audio.clip(-1, 1) * 32767)
+    ours = np.frombuffer(pcm, "<i2")
+    assert ours.size == 52 * 960
+    assert np.abs(ours - expected).max() <= 1
