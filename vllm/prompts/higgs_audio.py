@@ -55,7 +55,6 @@ class HiggsAudioPromptBuilder:
         self._start_header = tokenizer.token_id("<|start_header_id|>")
         self._end_header = tokenizer.token_id("<|end_header_id|>")
         self._end_of_turn = tokenizer.token_id("<|eot_id|>")
-        self._end_of_message = tokenizer.token_id("<|eom_id|>")
         self._open_audio = tokenizer.token_id("<|audio_out_bos|>")
         self._close_audio = tokenizer.token_id("<|audio_eos|>")
         if self._open_audio != config.audio_out_bos_token_id:
@@ -155,12 +154,11 @@ class HiggsAudioPromptBuilder:
         return len(self._tokenizer.encode(text))
 
     def _render(self, turns: Sequence[_Turn]) -> Iterator[int]:
-        next_roles = [turn.role for turn in turns[1:]] + [None]
-        for turn, next_role in zip(turns, next_roles, strict=True):
+        """Ids of the turns; two assistant turns, which eom would part, never meet in them."""
+        for turn in turns:
             yield from self._header(turn.role)
             yield from turn.ids
-            continues = turn.role == next_role == "assistant"
-            yield self._end_of_message if continues else self._end_of_turn
+            yield self._end_of_turn
 
     def _header(self, role: Role) -> list[int]:
         encode = self._tokenizer.encode

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -225,22 +226,13 @@ def test_files_are_not_looked_at_before_the_interval_is_over(tmp_path):
     assert library.names == ["b"]
 
 
-def test_inline_voice_keeps_the_scene_of_its_base():
-    library = make_library()
-    base = library.resolve("de_man")
-    voice = library.make_inline_voice(np.ones(1000, np.float32), " Hallo. ", base)
-    assert (voice.voice_id, voice.transcript, voice.language) == ("inline", "Hallo.", "de")
-    assert voice.clip.num_frames == 2
-
-
-@pytest.mark.parametrize(
-    ("samples", "text", "can_encode", "words"),
-    [(10, "Hi.", False, "decodes only"), (0, "Hi.", True, "no audio"), (10, " ", True, "ref_text")],
-)
-def test_impossible_inline_voice_is_refused(tmp_path, samples, text, can_encode, words):
-    library = make_library(write_presets(tmp_path, {"a": CLIP}), can_encode=can_encode)
-    with pytest.raises(InvalidRequestError, match=words):
-        library.make_inline_voice(np.ones(samples, np.float32), text)
+def test_library_for_an_engine_suits_its_codec():
+    info = SimpleNamespace(
+        sample_rate=48000, hop_length=1920, codec_fingerprint="x", num_codebooks=8, can_encode=True
+    )
+    clip = VoiceLibrary.for_engine(info, default_voice="de_man").resolve().clip
+    assert clip.num_frames == 137  # 5.46 s at 25 frames a second
+    assert len(clip.samples) == 137 * 1920
 
 
 def test_library_needs_neither_web_framework_nor_torch():

@@ -188,40 +188,6 @@ class VoiceLibrary:
             for voice in self._current().voices.values()
         ]
 
-    def make_inline_voice(
-        self, ref_audio: NDArray[np.float32], ref_text: str, base: Voice | None = None
-    ) -> Voice:
-        """Voice of one request, cloned from its own clip.
-
-        Args:
-            ref_audio: float32 [num_samples], mono, at the codec's rate.
-            ref_text: what the clip says.
-            base: voice whose language, scene and system prompt are kept.
-
-        Raises:
-            InvalidRequestError: the codec cannot encode, or clip or text is empty.
-        """
-        if not self._can_encode:
-            raise InvalidRequestError(
-                "ref_audio cannot be used: the served codec decodes only", param="ref_audio"
-            )
-        if not len(ref_audio):
-            raise InvalidRequestError("ref_audio holds no audio samples", param="ref_audio")
-        if not ref_text.strip():
-            raise InvalidRequestError(
-                "ref_text is empty; give the words of ref_audio", param="ref_text"
-            )
-        base = base or Voice(voice_id="inline", name="Inline")
-        return replace(
-            base,
-            voice_id="inline",
-            name="Inline",
-            transcript=ref_text.strip(),
-            clip=self._clip_of(ref_audio),
-            is_default=False,
-            duration_s=len(ref_audio) / self._sample_rate,
-        )
-
     def _current(self) -> _Snapshot:
         """The voices as the files have them now, or had them at the last look."""
         with self._lock:
