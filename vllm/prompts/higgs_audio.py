@@ -149,6 +149,10 @@ class HiggsAudioPromptBuilder:
         begins = is_slot & ~np.roll(is_slot, 1)  # no prompt ends with a slot
         return BuiltPrompt(ids, clips, tuple(np.flatnonzero(begins).tolist()))
 
+    def is_speakable(self, text: str, *, normalize: bool = True) -> bool:
+        """Whether anything of ``text`` is left to speak."""
+        return bool(self._encode_text(text, normalize))
+
     def count_tokens(self, text: str) -> int:
         """Number of text ids of ``text``."""
         return len(self._tokenizer.encode(text))

@@ -172,6 +172,10 @@ class PromptBuilder(Protocol):
         """
         ...
 
+    def is_speakable(self, text: str, *, normalize: bool = True) -> bool:
+        """Whether anything of ``text`` is left to speak."""
+        ...
+
     def count_tokens(self, text: str) -> int:
         """Number of text ids of ``text``."""
         ...

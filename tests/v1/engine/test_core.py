@@ -117,6 +117,15 @@ def test_long_text_is_spoken_in_parts_with_their_own_seeds(make_driver: Callable
     assert joined[0].size == first[-1].usage.audio_tokens * 960
 
 
+def test_pieces_without_words_are_passed_over(make_driver: Callable[..., Any]) -> None:
+    silent = "( ) " * 200
+    text = f"A sentence to begin with. {silent} And a sentence to end with."
+    items = make_driver().speak(SpeechPrompt(text=text), SamplingParams(seed=1, max_tokens=400))
+    assert items[-1].finished
+    with pytest.raises(InvalidRequestError, match="nothing to speak"):
+        make_driver().speak(SpeechPrompt(text="( )"), SamplingParams(seed=1))
+
+
 def test_the_seed_in_use_is_reported(make_driver: Callable[..., Any]) -> None:
     driver = make_driver()
     drawn = driver.speak(SpeechPrompt(text="Hi."), SamplingParams(max_tokens=20))

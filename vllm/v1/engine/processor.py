@@ -122,7 +122,6 @@ class Processor:
         return np.pad(samples, (0, -samples.size % hop))
 
     def _text_parts(self, prompt: SpeechPrompt, voice: Voice) -> list[Part]:
-        assert prompt.text is not None
         has_guard = self._config.audio.text_length_guard
         return [
             Part(
@@ -130,8 +129,18 @@ class Processor:
                 self._build_call(prompt, voice, text),
                 frames_of(speech_limit_seconds(text), self._info) if has_guard else None,
             )
-            for text in split_text(prompt.text, language=prompt.language or voice.language)
+            for text in self._split(prompt, voice)
         ]
+
+    def _split(self, prompt: SpeechPrompt, voice: Voice) -> list[str]:
+        """Pieces of the text that hold something to speak; of one that holds nothing, itself."""
+        assert prompt.text is not None
+        pieces = split_text(prompt.text, language=prompt.language or voice.language)
+        normalize = prompt.normalize
+        spoken = [
+            piece for piece in pieces if self._builder.is_speakable(piece, normalize=normalize)
+        ]
+        return spoken or [prompt.text]
 
     def _build_call(
         self, prompt: SpeechPrompt, voice: Voice, text: str
