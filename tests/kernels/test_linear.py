@@ -41,6 +41,29 @@ def test_check_finds_a_quantum_at_which_rows_are_alone():
             assert torch.equal(kernel.linear(x[:rows], weight), whole[:rows])
 
 
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_packed_weight_gives_the_plain_product(rows):
+    x, weight = torch.randn(rows, 48), torch.randn(24, 48)
+    packed = kernel.pack_weight(weight)
+    assert packed.shape == weight.shape
+    torch.testing.assert_close(kernel.linear(x, packed), F.linear(x, weight))
+
+
+def test_only_float32_is_packed():
+    weight = torch.randn(24, 48, dtype=torch.bfloat16)
+    assert kernel.pack_weight(weight) is weight
+
+
+@pytest.mark.parametrize("shape", [(512, 256), (256, 1024), (512, 3072)])
+def test_packed_weights_treat_rows_alone(shape):
+    packed = kernel.pack_weight(torch.randn(shape))
+    kernel.check_row_invariance([packed])
+    x = torch.randn(300, shape[1])
+    whole = kernel.linear(x, packed)
+    for rows in (1, 2, 5, 64, 130):
+        assert torch.equal(kernel.linear(x[7 : 7 + rows], packed), whole[7 : 7 + rows])
+
+
 def test_check_raises_the_quantum_where_a_small_one_differs(monkeypatch):
     def depends_on_rows(x, weight):
         return x @ weight.T + (x.shape[0] % 16)

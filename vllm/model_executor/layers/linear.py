@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from vllm.kernels.linear import linear
+from vllm.kernels.linear import linear, pack_weight
 
 __all__ = ["Linear", "PackedLinear"]
 
@@ -27,6 +27,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_features] -> [N, out_features]."""
         return linear(x, self.weight)
+
+    def pack(self) -> None:
+        """Bring the loaded weight into the form of its products; nothing is loaded after it."""
+        self.weight = nn.Parameter(pack_weight(self.weight), requires_grad=False)
 
     def targets(self, prefix: str) -> dict[str, Tensor]:
         return {f"{prefix}.weight": self.weight}

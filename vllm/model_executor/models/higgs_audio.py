@@ -102,6 +102,7 @@ class HiggsAudioModel(nn.Module):
                 config, dtype=dtype, max_model_len=max_model_len, with_text_head=with_text_head
             )
         model.load(iter_tensors(folder), source=str(folder))
+        model.pack()
         return model.eval()
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], *, source: str) -> None:
@@ -112,6 +113,11 @@ class HiggsAudioModel(nn.Module):
             return None if canonical == _TEXT_HEAD and self.text_head is None else canonical
 
         load_strict(self.targets(), join_split_tensors(tensors), source=source, rename=rename)
+
+    def pack(self) -> None:
+        """Bring the loaded weights into the form that is fastest here; nothing loads after it."""
+        for matrix in self._linears():
+            matrix.pack()
 
     def targets(self) -> dict[str, Tensor]:
         """Transformers name of each tensor -> the weight, or the view of one, that it fills."""
@@ -163,9 +169,10 @@ class HiggsAudioModel(nn.Module):
 
     def matrices(self) -> Iterator[Tensor]:
         """Weights [M, K] of all matrix products."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                yield module.weight
+        return (matrix.weight for matrix in self._linears())
+
+    def _linears(self) -> Iterator[Linear]:
+        return (module for module in self.modules() if isinstance(module, Linear))
 
 
 class _DualLayer(nn.Module):
