@@ -16,8 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -46,14 +44,6 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name + ("+" if changed else "")
-
-
-def percentiles(values: Sequence[float], points: Sequence[int]) -> dict[str, float]:
-    """``{"p50": ...}`` by linear interpolation; empty without values."""
-    if not len(values):
-        return {}
-    numbers = np.percentile(np.asarray(values, np.float64), points)
-    return {f"p{point}": float(number) for point, number in zip(points, numbers, strict=True)}
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

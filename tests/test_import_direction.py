@@ -32,6 +32,7 @@ LEVELS = {
     "vllm.distributed": 1.0,
     "vllm.kernels": 1.0,
     "vllm.forward_context": 1.0,
+    "vllm.benchmarks": 1.1,
     "vllm.model_executor": 2.0,
     "vllm.model_executor.layers": 2.1,
     "vllm.model_executor.framing": 2.1,
@@ -61,6 +62,7 @@ LAZY = {
 }
 NO_TORCH = (
     "vllm.audio",
+    "vllm.benchmarks",
     "vllm.checkpoint_config",
     "vllm.config",
     "vllm.entrypoints",
