@@ -15,11 +15,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vllm.audio import lookup
+from vllm.entrypoints.bosonai.admission import Ticket, make_ticket
 from vllm.entrypoints.bosonai.middleware import unless_client_leaves
 from vllm.entrypoints.bosonai.reference_audio import ReferenceAudioLoader
 from vllm.entrypoints.bosonai.speech_reply import SpeechReply, StreamedReply
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
-from vllm.entrypoints.openai.protocol import AudioSpeechRequest
+from vllm.entrypoints.openai.protocol import AudioSpeechRequest, SamplingOptions
 from vllm.exceptions import InvalidRequestError, ModelNotFoundError
 from vllm.logger import get_logger
 from vllm.prompts import SpeechPrompt
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
     from vllm.entrypoints.cli_args import ServeArgs
     from vllm.sampling_params import SamplingParams
 
-__all__ = ["PreparedSpeech", "ServingAudio"]
+__all__ = ["CLONED_VOICE", "PreparedSpeech", "ServingAudio", "log_ignored_fields"]
 
 logger = get_logger(__name__)
 
-_CLONED_VOICE = "custom"  # as the engine calls it
+CLONED_VOICE = "custom"  # as the engine calls it
 
 
 class PreparedSpeech(NamedTuple):
@@ -73,14 +74,40 @@ class ServingAudio:
         Raises:
             HiggsAudioError: the request is refused, or failed before its first audio.
         """
-        request_id = f"audiospeech-{raw.state.request_id}-{secrets.token_hex(4)}"
-        if body.unknown_fields:
-            shown = ", ".join(body.unknown_fields)[:200]
-            logger.warning("ignored fields: %r", shown, extra={"request_id": request_id})
-        prepared = await unless_client_leaves(raw.receive, self.prepare(body))
-        outputs = self._synthesizer.outputs(prepared.prompt, prepared.params, request_id)
-        first = await unless_client_leaves(raw.receive, self._synthesizer.first(outputs))
-        reply = SpeechReply(
+        ticket = self.ticket(body, raw)
+        reply = await unless_client_leaves(raw.receive, self.begin(body, ticket))
+        if body.wants_sse:
+            events = reply.events()
+            return StreamedReply(events, reply.outputs, "text/event-stream", reply.headers())
+        if body.wants_stream:
+            media_type = reply.format.media_type
+            return StreamedReply(reply.audio(), reply.outputs, media_type, reply.headers())
+        return await unless_client_leaves(raw.receive, reply.file())
+
+    def ticket(self, body: SamplingOptions, raw: Request) -> Ticket:
+        """Ticket of a request, see ``make_ticket``."""
+        return make_ticket(
+            raw,
+            self._config,
+            request_id=body.request_id,
+            priority=body.priority,
+            timeout_s=body.timeout_s,
+        )
+
+    async def begin(self, body: AudioSpeechRequest, ticket: Ticket) -> SpeechReply:
+        """The reply to a body, once its first audio exists.
+
+        Raises:
+            HiggsAudioError: the request is refused, or failed before its first audio.
+        """
+        ticket.engine_id = f"audiospeech-{ticket.client_id}-{secrets.token_hex(4)}"
+        log_ignored_fields(body, ticket.engine_id)
+        self._synthesizer.ready_engine()
+        self._synthesizer.admission.check_room()  # before any work for this request is done
+        prepared = await self.prepare(body)
+        outputs = self._synthesizer.outputs(prepared.prompt, prepared.params, ticket)
+        first = await self._synthesizer.first(outputs)
+        return SpeechReply(
             first,
             outputs,
             self._pool,
@@ -88,13 +115,8 @@ class ServingAudio:
             voice_id=prepared.voice_id,
             speed=body.speed_factor,
             streaming=body.wants_stream,
+            extra_headers=ticket.headers(),
         )
-        if body.wants_sse:
-            return StreamedReply(reply.events(), outputs, "text/event-stream", reply.headers())
-        if body.wants_stream:
-            media_type = reply.format.media_type
-            return StreamedReply(reply.audio(), outputs, media_type, reply.headers())
-        return await unless_client_leaves(raw.receive, reply.file())
 
     async def prepare(self, body: AudioSpeechRequest) -> PreparedSpeech:
         """Check everything about a body that can be wrong, and read its clip.
@@ -102,32 +124,42 @@ class ServingAudio:
         Raises:
             HiggsAudioError: a field is wrong, or the engine is not there.
         """
-        self._check_model(body.model)
-        self._check_length(body.input)
+        self.check_model(body.model)
+        self.check_length(body.input)
         voice_id = await self._voice_id(body)
         params = body.to_sampling_params(self._defaults)
         return PreparedSpeech(await self._build_prompt(body), params, voice_id)
 
-    def _check_model(self, model: str | None) -> None:
+    def check_model(self, model: str | None) -> None:
+        """Raises ModelNotFoundError unless the model is served; None is the first one."""
         if model is not None and model not in self._model_names:
             raise ModelNotFoundError(
                 f"The model {model!r} does not exist; served here: {', '.join(self._model_names)}"
             )
 
-    def _check_length(self, text: str) -> None:
+    def check_length(self, text: str) -> None:
+        """Raises InvalidRequestError when a text is longer than this server takes."""
         limit = self._config.max_input_chars
         if limit and len(text) > limit:
             raise InvalidRequestError(
                 f"input has {len(text)} characters; this server takes up to {limit}", param="input"
             )
 
-    async def _voice_id(self, body: AudioSpeechRequest) -> str:
+    async def voice_id(self, name: str | None) -> str:
+        """Id of the voice of that id or alias; None is the default voice.
+
+        Raises:
+            UnknownVoiceError: there is none.
+        """
         voices = self._synthesizer.ready_engine().voices
-        if body.reference_audio is not None:
-            return _CLONED_VOICE
         assert voices is not None, "a ready engine has its voices"
-        voice = await asyncio.to_thread(voices.resolve, body.voice_name)  # may read files
+        voice = await asyncio.to_thread(voices.resolve, name)  # may read files
         return voice.voice_id
+
+    async def _voice_id(self, body: AudioSpeechRequest) -> str:
+        if body.reference_audio is not None:
+            return CLONED_VOICE
+        return await self.voice_id(body.voice_name)
 
     async def _build_prompt(self, body: AudioSpeechRequest) -> SpeechPrompt:
         clip = None
@@ -145,3 +177,10 @@ class ServingAudio:
             ref_text=body.reference_transcript if clip is not None else None,
             normalize=body.normalize is not False,
         )
+
+
+def log_ignored_fields(body: SamplingOptions, request_id: str) -> None:
+    """Name the fields of a body that have no meaning here."""
+    if body.unknown_fields:
+        shown = ", ".join(body.unknown_fields)[:200]
+        logger.warning("ignored fields: %r", shown, extra={"request_id": request_id})

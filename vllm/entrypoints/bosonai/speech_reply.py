@@ -28,7 +28,15 @@ from vllm.exceptions import EngineError, HiggsAudioError
 from vllm.logger import get_logger
 from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
 
-__all__ = ["END_HEADERS", "START_HEADERS", "Ending", "SpeechReply", "StreamedReply", "summary"]
+__all__ = [
+    "END_HEADERS",
+    "START_HEADERS",
+    "Ending",
+    "SpeechReply",
+    "StreamedReply",
+    "end_headers",
+    "summary",
+]
 
 logger = get_logger(__name__)
 
@@ -98,6 +106,7 @@ class SpeechReply:
         voice_id: for the header.
         speed: 0.25 to 4, pitch kept.
         streaming: bytes leave as they come; else the container states its true length.
+        extra_headers: go beside those of the audio.
     """
 
     def __init__(
@@ -110,10 +119,12 @@ class SpeechReply:
         voice_id: str,
         speed: float = 1.0,
         streaming: bool,
+        extra_headers: Mapping[str, str] | None = None,
     ) -> None:
         self.format = audio_format
+        self.outputs = outputs
         self._first = first
-        self._outputs = outputs
+        self._extra_headers = extra_headers or {}
         self._voice_id = voice_id
         self._pool = pool
         self._pipe = _AudioPipe(audio_format, first.sample_rate, speed, streaming=streaming)
@@ -123,6 +134,7 @@ class SpeechReply:
         """Headers known before the first byte."""
         return {
             **_STREAM_HEADERS,
+            **self._extra_headers,
             "X-Seed": str(self._first.seed),
             "X-Voice": self._voice_id,
             "X-Sample-Rate": str(self._first.sample_rate),
@@ -155,18 +167,18 @@ class SpeechReply:
             body = error_body(error.http_status, str(error), code=error.code)
             yield _event({"type": "speech.audio.error", "error": body["error"]})
             return
-        yield _event({"type": "speech.audio.done", **summary(self._finished())})
+        yield _event({"type": "speech.audio.done", **summary(self.ending())})
 
     async def file(self) -> Response:
         """The complete file, with its true length, usage and timings."""
-        async with aclosing(self._outputs):
+        async with aclosing(self.outputs):
             data = b"".join([piece async for piece in self.audio()])
-        headers = {**self.headers(), **_end_headers(self._finished())}
+        headers = {**self.headers(), **end_headers(self.ending())}
         return Response(data, media_type=self.format.media_type, headers=headers)
 
     async def _all_outputs(self) -> AsyncIterator[SpeechOutput]:
         yield self._first
-        async for output in self._outputs:
+        async for output in self.outputs:
             yield output
 
     async def _run(self, function: Any, *args: Any) -> bytes:
@@ -177,8 +189,8 @@ class SpeechReply:
     def _end(self, last: SpeechOutput, reason: FinishReason) -> None:
         self._ending = Ending(reason, last.usage, last.stats, last.seed)
 
-    def _finished(self) -> Ending:
-        """The ending; durations are those of the file, so after stretching."""
+    def ending(self) -> Ending:
+        """How it ended, once ``audio`` is; durations are those of the file, after stretching."""
         assert self._ending is not None, "the audio is complete"
         stats = dataclasses.replace(self._ending.stats, audio_duration_s=self._pipe.duration_s)
         return dataclasses.replace(self._ending, stats=stats)
@@ -223,6 +235,7 @@ def _event(payload: Mapping[str, Any]) -> bytes:
 
 
 def summary(ending: Ending) -> dict[str, Any]:
+    """Usage, timings, reason and seed, as JSON replies tell them."""
     usage, stats = ending.usage, ending.stats
     return {
         "usage": {
@@ -245,7 +258,8 @@ def summary(ending: Ending) -> dict[str, Any]:
     }
 
 
-def _end_headers(ending: Ending) -> dict[str, str]:
+def end_headers(ending: Ending) -> dict[str, str]:
+    """Headers of a complete reply."""
     usage, stats = ending.usage, ending.stats
     values = (
         str(usage.prompt_tokens),
