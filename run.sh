@@ -5,9 +5,14 @@
 #   ./run.sh
 #   ./run.sh --port 9000 --model DIR --audio-tokenizer-type DIR
 #
-#   VENV, PYTHON   see scripts/install
+#   PORT                     port to bind; default 8778
+#   GPU_MEMORY_UTILIZATION   share of the card's memory; default: the server's
+#   MAX_MODEL_LEN            positions of one request; default: the server's
+#   VENV, PYTHON             see scripts/install
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+flags=(--host 0.0.0.0 --port "${PORT:-8778}")
+[ -z "${GPU_MEMORY_UTILIZATION:-}" ] || flags+=(--gpu-memory-utilization "$GPU_MEMORY_UTILIZATION")
+[ -z "${MAX_MODEL_LEN:-}" ] || flags+=(--max-model-len "$MAX_MODEL_LEN")
 "$root/scripts/install"
-exec "$root/scripts/in-venv" python -m vllm.entrypoints.bosonai.api_server \
-    --host 0.0.0.0 --port 8778 "$@"
+exec "$root/scripts/in-venv" python -m vllm.entrypoints.bosonai.api_server "${flags[@]}" "$@"
