@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -67,6 +67,9 @@ class FakeEngine:
     voices: FakeVoices | None = None
     seen: list[tuple[SpeechPrompt, SamplingParams, str]] = field(default_factory=list)
     timeouts: list[float | None] = field(default_factory=list)
+    priorities: list[int] = field(default_factory=list)
+    max_num_seqs: int = 16
+    to_abort: set[str] = field(default_factory=set)
     aborted: list[str] = field(default_factory=list)
     is_ready: bool = False
     is_dead: bool = False
@@ -88,7 +91,7 @@ class FakeEngine:
             can_encode=self.can_encode,
             codec_fingerprint="0",
             max_model_len=8192,
-            max_num_seqs=16,
+            max_num_seqs=self.max_num_seqs,
             num_kv_blocks=64,
             device="cpu",
             dtype="float32",
@@ -119,9 +122,11 @@ class FakeEngine:
         request_id: str,
         *,
         timeout_s: float | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[SpeechOutput]:
         self.seen.append((prompt, params, request_id))
         self.timeouts.append(timeout_s)
+        self.priorities.append(priority)
         if self.fail_before is not None:
             raise self.fail_before
         seed = RANDOM_SEED if params.seed is None else params.seed
@@ -134,7 +139,10 @@ class FakeEngine:
             if num_frames == 0:
                 yield self._output(request_id, samples, seed, True, 0)
             for start in range(0, num_frames, FRAMES_PER_CHUNK):
-                await asyncio.sleep(self.delay_s)
+                await self._sleep(request_id)
+                if request_id in self.to_abort:
+                    yield self._ending(request_id, FinishReason.ABORT)
+                    return
                 if self.is_dead:
                     raise EngineDeadError("the engine process is gone")
                 end = min(num_frames, start + FRAMES_PER_CHUNK)
@@ -147,6 +155,22 @@ class FakeEngine:
             raise
         finally:
             self._open -= 1
+
+    async def abort(self, request_id: str) -> None:
+        self.to_abort.add(request_id)
+
+    async def _sleep(self, request_id: str) -> None:
+        """``delay_s``, unless the request is aborted meanwhile."""
+        until = asyncio.get_running_loop().time() + self.delay_s
+        while request_id not in self.to_abort:
+            left = until - asyncio.get_running_loop().time()
+            await asyncio.sleep(max(0.0, min(left, 0.01)))
+            if left <= 0.01:
+                return
+
+    def _ending(self, request_id: str, reason: FinishReason) -> SpeechOutput:
+        silence = np.zeros(0, np.float32)
+        return replace(self._output(request_id, silence, 0, True, 0), finish_reason=reason)
 
     def _output(
         self, request_id: str, audio: np.ndarray, seed: int, is_last: bool, num_frames: int

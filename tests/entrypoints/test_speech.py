@@ -281,18 +281,6 @@ def test_a_client_that_leaves_before_the_reply_aborts_it(
     wait_until(lambda: len(server.engine.aborted) == 1)
 
 
-def test_too_many_waiting_requests_are_refused(start_server: Any, fake_engine: Any) -> None:
-    server = start_server(fake_engine(delay_s=0.4), "--max-waiting-requests", "1")
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(speak, server)
-        wait_until(lambda: server.engine.seen)
-        refused = httpx.post(f"{server.url}/v1/audio/speech", json={"input": "a"})
-        assert first.result().status_code == 200
-    assert refused.status_code == 503
-    assert refused.json()["error"]["code"] == "overloaded"
-    assert len(server.engine.seen) == 1
-
-
 def test_a_request_that_takes_too_long_is_told_so(start_server: Any, fake_engine: Any) -> None:
     server = start_server(
         fake_engine(finish_reason=FinishReason.DEADLINE), "--request-timeout", "2.5"

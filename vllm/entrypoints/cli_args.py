@@ -65,8 +65,8 @@ class ServerConfig:
     restart_engine: bool = _option(False, "start a new engine process when one dies")
     request_timeout: float = _option(0.0, "seconds that a request may take; 0 is no limit")
     shutdown_timeout: float = _option(5.0, "seconds that open requests get to finish after SIGTERM")
-    max_waiting_requests: int = _option(
-        1024, "requests that may wait for their first audio; more get a 503; 0 is no limit"
+    max_concurrent_connections: int = _option(
+        0, "requests running and queued; more get a 503; 0 is twice --max-num-seqs"
     )
     max_input_chars: int = _option(100_000, "longest input of a request; 0 is no limit")
     max_body_mib: float = _option(32.0, "largest request body")
@@ -98,6 +98,12 @@ class ServerConfig:
             raise ConfigError(f"--port {self.port}: 0 to 65535")
         if self.encoder_threads < 1:
             raise ConfigError(f"--encoder-threads {self.encoder_threads}: at least 1")
+        if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
+            raise ConfigError("--ssl-keyfile and --ssl-certfile go together; one is missing")
+        for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
+            path = getattr(self, name)
+            if path and not Path(path).is_file():
+                raise ConfigError(f"{_flag_name(name)} {path}: there is no such file")
         if self.voice_presets_refresh_interval <= 0:
             raise ConfigError(
                 f"--voice-presets-refresh-interval {self.voice_presets_refresh_interval}: above 0"
@@ -105,7 +111,7 @@ class ServerConfig:
         for name in (
             "request_timeout",
             "shutdown_timeout",
-            "max_waiting_requests",
+            "max_concurrent_connections",
             "max_input_chars",
             "max_body_mib",
         ):
@@ -307,7 +313,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     for flag, advice in REFUSED_FLAGS.items():
         parser.add_argument(
-            flag,
+            *([flag, f"--no-{flag[2:]}"] if flag.startswith("--") else [flag]),
             action=_Refuse,
             nargs="*",
             default=argparse.SUPPRESS,

@@ -26,6 +26,7 @@ from pydantic import BaseModel
 
 import vllm
 from vllm import envs
+from vllm.entrypoints.bosonai.admission import QUEUE_HEADERS
 from vllm.entrypoints.bosonai.engine_host import EngineClient, EngineHost, HostState
 from vllm.entrypoints.bosonai.middleware import (
     ApiKeyMiddleware,
@@ -54,7 +55,13 @@ logger = get_logger("vllm.server")  # the module is __main__ when it is run
 _DEATH_NOTICE_S = 1.0  # /health answers 503 this long before the process ends
 _KEEP_ALIVE_S = 5
 _CLIP_THREADS = 2
-_EXPOSED_HEADERS = ("X-Request-Id", "Retry-After", *START_HEADERS, *END_HEADERS)
+_EXPOSED_HEADERS = (
+    "X-Request-Id",
+    "Retry-After",
+    *QUEUE_HEADERS,
+    *START_HEADERS,
+    *END_HEADERS,
+)
 _NOISE_NOTICE = "random weights: this model makes noise, not speech"
 
 

@@ -53,7 +53,10 @@ class EngineClient(Protocol):
         request_id: str,
         *,
         timeout_s: float | None = None,
+        priority: int = 0,
     ) -> AsyncGenerator[SpeechOutput]: ...
+
+    async def abort(self, request_id: str) -> None: ...
 
     async def wait_dead(self) -> None: ...
 

@@ -59,7 +59,8 @@ class RequestIdMiddleware:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                # a route may have taken another id from the body
+                MutableHeaders(scope=message)["X-Request-Id"] = scope["state"]["request_id"]
             await send(message)
 
         await self._app(scope, receive, send_with_id)

@@ -7,10 +7,12 @@ neither request bodies nor audio formats.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+import secrets
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
+from vllm.entrypoints.bosonai.admission import Admission, Ticket
 from vllm.entrypoints.bosonai.engine_host import EngineClient, EngineHost
 from vllm.exceptions import (
     EngineError,
@@ -40,57 +42,87 @@ class Synthesizer:
     """
 
     def __init__(self, config: ServerConfig, host: EngineHost, metrics: SpeechMetrics) -> None:
-        self._config = config
         self._host = host
         self._metrics = metrics
-        self._num_waiting = 0
+        self.admission = Admission(config.max_concurrent_connections, self._num_slots)
+
+    def _num_slots(self) -> int:
+        info = self._host.engine.info
+        return info.max_num_seqs if info is not None else 0
 
     def ready_engine(self) -> EngineClient:
         """The engine; raises OverloadedError while it loads and EngineDeadError when it is gone."""
         return self._host.ready_engine()
 
     def outputs(
-        self, prompt: SpeechPrompt, params: SamplingParams, request_id: str
+        self, prompt: SpeechPrompt, params: SamplingParams, ticket: Ticket
     ) -> AsyncGenerator[SpeechOutput]:
         """Outputs of one request, to be closed by whoever takes them; see ``AsyncLLM.generate``.
 
-        An ``error`` or ``abort`` ending is raised, never yielded.
+        The request is let in when the first output is asked for, which raises OverloadedError when
+        the server is full. An ``error`` or ``abort`` ending is raised, never yielded.
         """
-        return self._generate(self._host.ready_engine(), prompt, params, request_id)
+        ticket.engine_id = ticket.engine_id or f"{ticket.client_id}-{secrets.token_hex(4)}"
+        return self._admitted(self._host.ready_engine(), prompt, params, ticket)
 
-    async def first(self, outputs: AsyncIterator[SpeechOutput]) -> SpeechOutput:
-        """The first of ``outputs`` that holds audio.
+    async def first(self, outputs: AsyncGenerator[SpeechOutput]) -> SpeechOutput:
+        """The first of ``outputs`` that holds audio; they are closed when there is none.
 
         Raises:
-            OverloadedError: too many requests wait for theirs.
+            OverloadedError: the server is full, or the time is up.
         """
-        limit = self._config.max_waiting_requests
-        if limit and self._num_waiting >= limit:
-            raise OverloadedError(f"{limit} requests are waiting already")
-        self._num_waiting += 1
         try:
             async for output in outputs:
                 if output.audio.size:
                     return output
                 if output.finish_reason is not None:
                     raise _no_audio(output.finish_reason)
-        finally:
-            self._num_waiting -= 1
+        except HiggsAudioError:
+            await outputs.aclose()
+            raise
         raise _no_audio(FinishReason.ERROR)
 
+    async def cancel(self, request_id: str, owner: str) -> int:
+        """End every open request of that id and owner; returns how many there were."""
+        engine = self._host.ready_engine()
+        tickets = self.admission.cancel(request_id, owner)
+        for ticket in tickets:
+            await engine.abort(ticket.engine_id)
+        return len(tickets)
+
+    async def _admitted(
+        self, engine: EngineClient, prompt: SpeechPrompt, params: SamplingParams, ticket: Ticket
+    ) -> AsyncGenerator[SpeechOutput]:
+        """The engine's outputs, between entering and leaving."""
+        self.admission.enter(ticket)
+        has_succeeded = False
+        try:
+            async with aclosing(self._generate(engine, prompt, params, ticket)) as source:
+                async for output in source:
+                    self.admission.start(ticket)
+                    has_succeeded = _is_success(output)
+                    yield output
+        finally:
+            self.admission.leave(ticket, succeeded=has_succeeded)
+
     async def _generate(
-        self, engine: EngineClient, prompt: SpeechPrompt, params: SamplingParams, request_id: str
+        self, engine: EngineClient, prompt: SpeechPrompt, params: SamplingParams, ticket: Ticket
     ) -> AsyncGenerator[SpeechOutput]:
         """The engine's outputs; counts how the request ended and lets none end in silence."""
-        timeout_s = self._config.request_timeout or None
         failure: FinishReason | None = FinishReason.ERROR
         last: SpeechOutput | None = None
         try:
-            source = engine.generate(prompt, params, request_id, timeout_s=timeout_s)
+            source = engine.generate(
+                prompt,
+                params,
+                ticket.engine_id,
+                timeout_s=ticket.timeout_s,
+                priority=ticket.priority,
+            )
             async with aclosing(source):
                 async for output in source:
+                    _raise_if_ended(output, ticket)
                     last = output if output.finished else None
-                    _raise_if_failed(output)
                     yield output
         except InvalidRequestError:
             failure = None  # refused, so it never was a request of the engine
@@ -105,7 +137,13 @@ class Synthesizer:
                 self._metrics.count_failed(failure)
 
 
-def _raise_if_failed(output: SpeechOutput) -> None:
+def _is_success(output: SpeechOutput) -> bool:
+    return output.finished and output.finish_reason is not FinishReason.DEADLINE
+
+
+def _raise_if_ended(output: SpeechOutput, ticket: Ticket) -> None:
+    if ticket.is_cancelled:
+        raise RequestAbortedError("the request was cancelled")
     if output.finish_reason is FinishReason.ERROR:
         raise EngineError(output.error or "the engine failed this request")
     if output.finish_reason is FinishReason.ABORT:

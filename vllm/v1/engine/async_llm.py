@@ -12,7 +12,7 @@ from itertools import count
 from typing import Generic, TypeVar
 
 from vllm.config import EngineConfig
-from vllm.exceptions import EngineDeadError, EngineError, HiggsAudioError
+from vllm.exceptions import EngineDeadError, EngineError, HiggsAudioError, RequestAbortedError
 from vllm.logger import get_logger
 from vllm.outputs import FinishReason, SpeechOutput
 from vllm.prompts import SpeechPrompt, VoiceSource
@@ -67,6 +67,7 @@ class AsyncLLM(Generic[VoicesT]):
         self._processor: Processor | None = None
         self._streams: dict[str, _Stream] = {}  # id of the part in the engine -> stream
         self._open_ids: set[str] = set()
+        self._early_aborts: set[str] = set()  # aborted before the engine heard of them
         self._suffixes = count(1)
         self._stats = SchedulerStats()
         self._death: HiggsAudioError | None = None
@@ -120,6 +121,7 @@ class AsyncLLM(Generic[VoicesT]):
             InvalidRequestError: the request is wrong; raised before the first item.
             EngineDeadError: the engine process is gone.
             EngineError: the engine failed this request.
+            RequestAbortedError: ``abort`` was called before the engine heard of the request.
         """
         await self.check_health()
         assert self._processor is not None
@@ -129,6 +131,8 @@ class AsyncLLM(Generic[VoicesT]):
             task = await asyncio.to_thread(
                 self._processor.process, unique_id, prompt, params, priority=priority
             )
+            if unique_id in self._early_aborts:
+                raise RequestAbortedError("the request was aborted")
             stream = _Stream(task)
             await self._submit(stream)
             expiry = self._expire_after(timeout_s, task)
@@ -146,9 +150,12 @@ class AsyncLLM(Generic[VoicesT]):
                 self._streams.pop(task.core_id, None)
         finally:
             self._open_ids.discard(unique_id)
+            self._early_aborts.discard(unique_id)
 
     async def abort(self, request_id: str) -> None:
         """End a request; its iterator gets a last item with ``abort``. Unknown ids are ignored."""
+        if request_id in self._open_ids:
+            self._early_aborts.add(request_id)
         for stream in list(self._streams.values()):
             if stream.task.request_id == request_id:
                 await self._abort(stream.task, FinishReason.ABORT)
@@ -161,8 +168,10 @@ class AsyncLLM(Generic[VoicesT]):
             raise EngineDeadError("the engine is still starting")
 
     async def wait_dead(self) -> None:
-        """Return when the engine process is gone."""
+        """Return when the engine process is gone and every open request knows."""
         await self._client.wait_dead()
+        if self._reader is not None:
+            await asyncio.wait({self._reader})
 
     def scheduler_stats(self) -> SchedulerStats:
         """Queues and cache, as the engine last told."""

@@ -1,0 +1,236 @@
+"""Who may speak now: the limit on open requests, their order, their ends, and how many there were.
+
+Mirrors the engine's own rule (priority, then arrival, ``max_num_seqs`` at a time), so that a
+client can be told its place; requests are never held back here. Knows neither audio nor routes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm.exceptions import InvalidRequestError, OverloadedError
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from vllm.entrypoints.cli_args import ServerConfig
+
+__all__ = [
+    "QUEUE_HEADERS",
+    "Admission",
+    "RequestCounts",
+    "Ticket",
+    "make_ticket",
+    "owner_of",
+]
+
+QUEUE_HEADERS = ("X-Queue-Status", "X-Queue-Position")
+_TIMEOUT_HEADER = "X-Request-Timeout"
+_RETRY_AFTER_S = 5.0
+
+
+@dataclass(kw_only=True, eq=False)
+class Ticket:
+    """One request in the eyes of the door: what its client asked for, and where it stands.
+
+    The first five fields are the client's; the others are set by ``Admission``.
+    """
+
+    client_id: str
+    owner: str = field(default="", repr=False)  # the key it came with, where keys are needed
+    priority: int = 0  # smaller is sooner
+    timeout_s: float | None = None
+    engine_id: str = ""
+
+    request_id: str = ""  # client_id, with a suffix where another live request has it
+    arrival: int = 0
+    entered_at: float = 0.0  # monotonic clock
+    position: int = 0  # in the queue at arrival, from 1; 0 started at once
+    num_running: int = 0  # at arrival, this one included
+    num_queued: int = 0  # at arrival, this one included
+    is_running: bool = False
+    is_cancelled: bool = False
+
+    @property
+    def num_open(self) -> int:
+        """Running and queued requests at arrival, this one included."""
+        return self.num_running + self.num_queued
+
+    def headers(self) -> dict[str, str]:
+        """What the client is told of the queue."""
+        status = f"queue={self.num_queued},active={self.num_running}"
+        return dict(zip(QUEUE_HEADERS, (status, str(self.position)), strict=True))
+
+
+@dataclass
+class RequestCounts:
+    """Synthesis requests since the start, over all routes; refused ones are not among them."""
+
+    total: int = 0
+    successful: int = 0
+    failed: int = 0
+    generation_time_s: float = 0.0  # of the successful ones
+    peak_concurrent: int = 0
+
+    @property
+    def avg_generation_time_s(self) -> float:
+        """Mean over the successful requests; 0 when there was none."""
+        return self.generation_time_s / self.successful if self.successful else 0.0
+
+
+class Admission:
+    """All open requests of the server.
+
+    Args:
+        limit: running and queued requests that are let in; 0 is twice the slots.
+        num_slots: requests that the engine runs together, once it is known.
+    """
+
+    def __init__(self, limit: int, num_slots: Callable[[], int]) -> None:
+        self._limit = limit
+        self._num_slots = num_slots
+        self._open: dict[str, Ticket] = {}
+        self._num_arrivals = 0
+        self.counts = RequestCounts()
+
+    @property
+    def num_slots(self) -> int:
+        return self._num_slots()
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be open at a time."""
+        return self._limit or 2 * self.num_slots
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_running(self) -> int:
+        return sum(ticket.is_running for ticket in self._open.values())
+
+    def queued(self) -> list[Ticket]:
+        """Requests that have not started, the next one first."""
+        waiting = [ticket for ticket in self._open.values() if not ticket.is_running]
+        return sorted(waiting, key=_order)
+
+    def check_room(self) -> None:
+        """Raises OverloadedError when no further request is let in."""
+        if self.num_open >= self.limit:
+            raise OverloadedError(
+                f"{self.limit} requests are running or queued, which is all that this server "
+                "takes (--max-concurrent-connections); try again later",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+
+    def enter(self, ticket: Ticket) -> None:
+        """Let a request in; ``leave`` must follow.
+
+        Raises:
+            OverloadedError: the server is full.
+        """
+        self.check_room()
+        ticket.request_id = self._unique(ticket.client_id)
+        ticket.arrival = self._num_arrivals
+        ticket.entered_at = time.monotonic()
+        self._num_arrivals += 1
+        self._open[ticket.request_id] = ticket
+        self._fill_slots()
+        queue = self.queued()
+        ticket.num_queued = len(queue)
+        ticket.num_running = self.num_running
+        ticket.position = 0 if ticket.is_running else queue.index(ticket) + 1
+        self.counts.total += 1
+        self.counts.peak_concurrent = max(self.counts.peak_concurrent, self.num_open)
+
+    def start(self, ticket: Ticket) -> None:
+        """The engine has started this request, whatever was expected."""
+        ticket.is_running = True
+
+    def leave(self, ticket: Ticket, *, succeeded: bool) -> None:
+        """A request has ended; its slot goes to the next one."""
+        del self._open[ticket.request_id]
+        self._fill_slots()
+        if succeeded:
+            self.counts.successful += 1
+            self.counts.generation_time_s += time.monotonic() - ticket.entered_at
+        else:
+            self.counts.failed += 1
+
+    def cancel(self, request_id: str, owner: str) -> Sequence[Ticket]:
+        """Mark every open request of that id and owner as cancelled; returns them."""
+        found = [
+            ticket
+            for ticket in self._open.values()
+            if request_id in (ticket.client_id, ticket.request_id) and ticket.owner == owner
+        ]
+        for ticket in found:
+            ticket.is_cancelled = True
+        return found
+
+    def _fill_slots(self) -> None:
+        free = self.num_slots - self.num_running
+        for ticket in self.queued()[: max(0, free)]:
+            ticket.is_running = True
+
+    def _unique(self, client_id: str) -> str:
+        unique, suffix = client_id, 1
+        while unique in self._open:
+            unique, suffix = f"{client_id}-{suffix}", suffix + 1
+        return unique
+
+
+def _order(ticket: Ticket) -> tuple[int, int]:
+    return ticket.priority, ticket.arrival
+
+
+def make_ticket(
+    raw: Request,
+    config: ServerConfig,
+    *,
+    request_id: str | None = None,
+    priority: int | None = None,
+    timeout_s: float | None = None,
+) -> Ticket:
+    """Ticket of an HTTP request and of what its body says.
+
+    A ``request_id`` in the body goes before the header and is sent back. Of the time limits (body,
+    header and server) the shortest counts.
+
+    Raises:
+        InvalidRequestError: the timeout header is not a number of seconds above 0.
+    """
+    if request_id is not None:
+        raw.state.request_id = request_id
+    limits = (timeout_s, _header_timeout(raw), config.request_timeout)
+    return Ticket(
+        client_id=raw.state.request_id,
+        owner=owner_of(raw, config),
+        priority=priority or 0,
+        timeout_s=min(filter(None, limits), default=None),
+    )
+
+
+def owner_of(raw: Request, config: ServerConfig) -> str:
+    """The key that a request came with; nothing where no keys are needed."""
+    return raw.headers.get("authorization", "").partition(" ")[2].strip() if config.keys else ""
+
+
+def _header_timeout(raw: Request) -> float | None:
+    text = raw.headers.get(_TIMEOUT_HEADER)
+    if text is None:
+        return None
+    # float() also takes "1_0" and "nan", which no client means
+    seconds = float(text) if re.fullmatch(r"\d{1,9}(\.\d*)?|\.\d+", text.strip()) else math.nan
+    if not seconds > 0:
+        raise InvalidRequestError(
+            f"{_TIMEOUT_HEADER}: {text[:40]!r} is not allowed; give seconds above 0",
+            param=_TIMEOUT_HEADER,
+        )
+    return seconds
