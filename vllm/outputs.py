@@ -35,6 +35,7 @@ class Usage:
     completion_tokens: int = 0  # delayed frames, BOS frame and ramp included
     audio_tokens: int = 0  # real frames, 1 / frame_rate seconds each
     cached_tokens: int = 0  # prompt positions taken from the prefix cache
+    prompt_audio_tokens: int = 0  # real frames of the clips in the prompt
 
     @property
     def output_tokens(self) -> int:
@@ -51,6 +52,7 @@ class Usage:
             self.completion_tokens + other.completion_tokens,
             self.audio_tokens + other.audio_tokens,
             self.cached_tokens + other.cached_tokens,
+            self.prompt_audio_tokens + other.prompt_audio_tokens,
         )
 
 

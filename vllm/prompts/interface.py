@@ -80,6 +80,8 @@ class SpeechPrompt:
         ref_audio: clip to clone for this request only: bytes of an audio file, or float32
             [num_samples], mono, at the codec's rate.
         ref_text: transcript of ``ref_audio``; required with it.
+        history: turns spoken before, oldest first; they follow the voice's own clip, or take its
+            place in a voice that has none.
         normalize: rewrite punctuation, units and sound tags before speaking.
         prompt_token_ids: a finished prompt instead of ``text``; it ends with the id that opens
             audio output, and each clip has one placeholder id per delayed frame (T + K + 1).
@@ -97,6 +99,7 @@ class SpeechPrompt:
     system_prompt: str | None = None
     ref_audio: bytes | NDArray[np.float32] | None = None
     ref_text: str | None = None
+    history: Sequence[SpokenTurn] = ()
     normalize: bool = True
     prompt_token_ids: Sequence[int] | None = None
     prompt_codes: Sequence[NDArray[np.integer]] = ()

@@ -66,7 +66,9 @@ class Processor:
             parts, keeps_voice = [self._raw_part(prompt)], False
         else:
             voice = self._voice(prompt)
-            parts, keeps_voice = self._text_parts(prompt, voice), voice.clip is None
+            self._check_history(prompt.history)
+            parts = self._text_parts(prompt, voice)
+            keeps_voice = voice.clip is None and not prompt.history
         is_guarded = not prompt.is_raw and params.eos_rule == "strict"
         if not is_guarded:
             parts = [dataclasses.replace(part, max_frames=None) for part in parts]
@@ -89,12 +91,7 @@ class Processor:
     def _voice(self, prompt: SpeechPrompt) -> Voice:
         if prompt.ref_audio is None:
             return self._voices.resolve(prompt.voice)
-        if not self._info.can_encode:
-            raise InvalidRequestError(
-                "ref_audio cannot be used: this server's codec holds no encoder (decode_only); "
-                "choose one of the listed voices",
-                param="ref_audio",
-            )
+        self._check_can_encode("ref_audio")
         samples = self._clip_samples(prompt.ref_audio)
         num_frames = samples.size // self._info.hop_length
         return Voice(
@@ -104,6 +101,32 @@ class Processor:
             transcript=prompt.ref_text,
             clip=PromptClip(num_frames, samples=samples),
         )
+
+    def _check_can_encode(self, field: str) -> None:
+        if not self._info.can_encode:
+            raise InvalidRequestError(
+                f"{field} cannot be used: this server's codec holds no encoder (decode_only); "
+                "choose one of the listed voices",
+                param=field,
+            )
+
+    def _check_history(self, history: Sequence[SpokenTurn]) -> None:
+        for index, turn in enumerate(history):
+            clip, info = turn.clip, self._info
+            found: tuple[int, ...]
+            wanted: tuple[int, ...]
+            if clip.codes is not None:
+                found, wanted = clip.codes.shape, (info.num_codebooks, clip.num_frames)
+            else:
+                assert clip.samples is not None
+                self._check_can_encode("history")
+                found, wanted = clip.samples.shape, (clip.num_frames * info.hop_length,)
+            if found != wanted or clip.num_frames < 1:
+                raise InvalidRequestError(
+                    f"history[{index}] has a clip of shape {found}; {clip.num_frames} frames need "
+                    f"{wanted}, and there must be one or more",
+                    param="history",
+                )
 
     def _clip_samples(self, clip: bytes | NDArray[np.float32]) -> NDArray[np.float32]:
         """Samples at the codec's rate, zeros added up to a whole frame."""
@@ -152,7 +175,7 @@ class Processor:
                 instructions=prompt.instructions,
                 system_prompt=prompt.system_prompt,
                 normalize=prompt.normalize,
-                history=history,
+                history=(*prompt.history, *history),
             )
 
         return build

@@ -178,6 +178,7 @@ class SpeechTask:
             completion_tokens=self._part_delayed,
             audio_tokens=self._part_frames,
             cached_tokens=stats.num_cached_positions if stats else 0,
+            prompt_audio_tokens=sum(clip.num_frames for clip in self._prompt.clips),
         )
         if stats is not None:
             self._num_preemptions += stats.num_preemptions
