@@ -137,6 +137,22 @@ def test_death_ends_every_stream(checkpoint: Path) -> None:
     run(test)
 
 
+def test_streams_hear_of_the_death_before_a_new_engine_starts(checkpoint: Path) -> None:
+    async def test() -> None:
+        async with started(checkpoint) as llm:
+            stream = asyncio.create_task(collect(llm, "open", SamplingParams(seed=1)))
+            while not llm.scheduler_stats().num_running:
+                await asyncio.sleep(0.01)
+            assert llm._client.pid is not None
+            os.kill(llm._client.pid, signal.SIGKILL)
+            await llm.wait_dead()
+            await llm.shutdown()
+            with pytest.raises(EngineDeadError, match="has died"):
+                await stream
+
+    run(test)
+
+
 def test_an_engine_that_cannot_start_says_why(checkpoint: Path, tmp_path: Path) -> None:
     async def test() -> None:
         codec = str(checkpoint / "codec")
