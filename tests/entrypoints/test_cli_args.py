@@ -126,6 +126,13 @@ def test_flags_that_are_not_supported_are_refused_with_advice(
     assert f"{flag} is not supported: {REFUSED_FLAGS[flag]}" in refusal(capsys, flag, "1")
 
 
+def test_switches_that_are_not_supported_are_refused_in_their_negated_form(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flag = "--no-enable-chunked-prefill"
+    assert f"{flag} is not supported: it is always on" in refusal(capsys, flag)
+
+
 def test_flags_named_in_advice_exist() -> None:
     known = {
         f"--{item.name.replace('_', '-')}"
@@ -156,6 +163,8 @@ def test_one_device_only(capsys: pytest.CaptureFixture[str]) -> None:
         (["--allowed-origins", "*"], "--allowed-origins"),
         (["--dtype", "int8"], "--dtype"),
         (["--encoder-threads", "0"], "--encoder-threads"),
+        (["--ssl-keyfile", "key.pem"], "--ssl-certfile"),
+        (["--ssl-keyfile", "no.pem", "--ssl-certfile", "no.pem"], "--ssl-keyfile no.pem"),
         (["--shutdown-timeout", "-1"], "--shutdown-timeout"),
         (["--voice-presets-refresh-interval", "0"], "--voice-presets-refresh-interval"),
     ],
