@@ -1,0 +1,94 @@
+"""The programs of ``examples/``, each run as it stands against a live server."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import wave
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HOP = 960  # samples of a frame of the stand-in engine, which makes two frames for each character
+NPM_LIMIT_S = 60
+
+
+def run(*command: str, folder: Path) -> str:
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def samples_of(text: str) -> int:
+    return 2 * len(text) * HOP
+
+
+@pytest.fixture(scope="module")
+def installed_javascript(repo_root: Path, request: pytest.FixtureRequest) -> Path:
+    """Folder with the JavaScript example and its package, installed once per checkout."""
+    for program in ("node", "npm"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    folder = Path(request.config.cache.mkdir("javascript-example"))
+    source = repo_root / "examples" / "javascript"
+    lock = (source / "package-lock.json").read_text(encoding="utf-8")
+    stamp = folder / ".installed"
+    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("node_*"))
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == lock:
+        return folder
+    command = ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"]
+    try:
+        subprocess.run(command, cwd=folder, capture_output=True, timeout=NPM_LIMIT_S, check=True)
+    except (subprocess.SubprocessError, OSError) as error:
+        pytest.skip(f"npm could not fetch the openai package: {error}")
+    stamp.write_text(lock, encoding="utf-8")
+    return folder
+
+
+def test_python_speech(live: Any, repo_root: Path, tmp_path: Path) -> None:
+    program = repo_root / "examples" / "openai_speech.py"
+    output = run(sys.executable, str(program), f"{live.url}/v1", folder=tmp_path)
+    assert "seed 42" in output
+    assert (tmp_path / "speech.mp3").read_bytes().startswith(b"\xff\xf3")
+
+
+def test_python_streaming(live: Any, repo_root: Path, tmp_path: Path) -> None:
+    program = repo_root / "examples" / "openai_streaming.py"
+    output = run(sys.executable, str(program), f"{live.url}/v1", folder=tmp_path)
+    assert "first audio after" in output
+    assert "output tokens" in output
+    with wave.open(str(tmp_path / "speech.wav")) as file:
+        assert file.getnframes() == samples_of(live.engine.seen[-1][0].text)
+    assert (tmp_path / "speech.opus").read_bytes().startswith(b"OggS")
+
+
+def test_curl(live: Any, repo_root: Path, tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    output = run(str(repo_root / "examples" / "speech.sh"), live.url, folder=tmp_path)
+    assert '"en_woman"' in output
+    assert (tmp_path / "speech.mp3").read_bytes().startswith(b"\xff\xf3")
+    size = (tmp_path / "speech.pcm").stat().st_size
+    assert size == 2 * samples_of(live.engine.seen[-1][0].text)
+
+
+def test_javascript(live: Any, installed_javascript: Path) -> None:
+    output = run("node", "speech.mjs", f"{live.url}/v1", folder=installed_javascript)
+    assert "speech.mp3, seed 42" in output
+    assert "24000 Hz" in output
+    data = (installed_javascript / "speech.mp3").read_bytes()
+    assert data.startswith(b"\xff\xf3")
+    size = (installed_javascript / "speech.pcm").stat().st_size
+    assert size == 2 * samples_of(live.engine.seen[-1][0].text)
+
+
+def test_every_example_is_run_here(repo_root: Path) -> None:
+    examples = {p for p in (repo_root / "examples").rglob("*") if "node_modules" not in p.parts}
+    programs = {p.name for p in examples if p.suffix in {".py", ".sh", ".mjs"}}
+    tests = Path(__file__).read_text(encoding="utf-8")
+    assert programs
+    assert not [name for name in programs if f'"{name}"' not in tests]
