@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from vllm.audio import encode_all, lookup
 from vllm.entrypoints.bosonai.voices import OPENAI_VOICE_ALIASES, SHIPPED_PRESETS, VoiceLibrary
 from vllm.exceptions import ConfigError, InvalidRequestError, UnknownVoiceError
 
@@ -144,6 +145,14 @@ def test_clip_of_another_rate_is_resampled(tmp_path):
     assert clip.num_frames == 3  # 2400 samples padded to 2880
 
 
+def test_clip_may_be_of_any_format(tmp_path):
+    tone = np.sin(np.arange(2 * HOP, dtype=np.float32) / 20) / 2
+    (tmp_path / "a.flac").write_bytes(encode_all(tone, lookup("flac"), 24000))
+    entries = {"mine": {"transcript": "Hello.", "audio_file": "a.flac"}}
+    voice = make_library(write_presets(tmp_path, entries)).resolve("mine")
+    np.testing.assert_allclose(voice.clip.samples, tone, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
@@ -152,7 +161,7 @@ def test_clip_of_another_rate_is_resampled(tmp_path):
         ({"transcript": "Hello."}, "go together"),
         ({"name": "A"}, "says nothing of its sound"),
         (CLIP | {"audio_file": "gone.wav"}, "cannot read"),
-        (CLIP | {"audio_file": "config.json"}, "not a wav file"),
+        (CLIP | {"audio_file": "config.json"}, "config.json: ref_audio cannot be decoded"),
         ({"scene": "A cave.", "codes_file": "x"}, "codes_file needs"),
         ("text", "must be an object"),
     ],

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm.audio import pad_to_multiple, read_wav, resample
+from vllm.audio import decode_clip, pad_to_multiple, read_wav, resample
 from vllm.exceptions import ConfigError, InvalidRequestError, UnknownVoiceError
 from vllm.logger import get_logger
 from vllm.prompts import PromptClip, Voice
@@ -255,7 +255,7 @@ class VoiceLibrary:
             return None, 0.0
         path = self._folder / entry["audio_file"]
         try:
-            samples, rate = read_wav(path)
+            samples, rate = self._read_audio(path)
         except (OSError, InvalidRequestError) as error:
             raise ConfigError(f"voice {voice_id!r}: cannot read {path}: {error}") from error
         if not len(samples):
@@ -265,6 +265,13 @@ class VoiceLibrary:
         if codes is not None:
             return PromptClip(num_frames=codes.shape[1], codes=codes), duration_s
         return self._clip_of(resample(samples, rate, self._sample_rate)), duration_s
+
+    def _read_audio(self, path: Path) -> tuple[NDArray[np.float32], int]:
+        """Mono samples and their rate; wav files need no library, others PyAV."""
+        data = path.read_bytes()
+        if data[:4] == b"RIFF":
+            return read_wav(data)
+        return decode_clip(data, sample_rate=self._sample_rate), self._sample_rate
 
     def _read_codes(self, voice_id: str, entry: dict[str, Any]) -> NDArray[np.int16] | None:
         """Codes int16 [num_codebooks, num_frames] shipped for this codec, if there are any."""
