@@ -1,0 +1,312 @@
+"""Many ill-behaved clients on one server for minutes: failures, memory growth, leaked KV blocks.
+
+Starts a server of its own on the embedded small model. Clients read to the end, read slowly, leave
+in the middle or before the first byte; a 429 or 503 is a refusal by design, all else that goes
+wrong is a failure. The status is 1 when anything failed, leaked or grew.
+
+    python -m benchmarks.soak --minutes 10
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+from tqdm import tqdm
+
+from benchmarks._report import format_table, write_json
+from vllm.benchmarks.client import ENDPOINTS, TEXTS
+
+START_LIMIT_S = 120.0
+IDLE_LIMIT_S = 30.0
+REQUEST_LIMIT_S = 120.0
+MAX_PAUSE_S = 1.0  # of a client that was refused
+MAX_GROWTH = 0.05
+WARMUP_S = 60.0  # memory counts from here on, or from a third of a shorter run
+BYTES_PER_FRAME = 2 * 960
+OPEN_GAUGES = tuple(f"vllm:num_requests_{state}" for state in ("running", "waiting", "finishing"))
+SERVER_FLAGS = ("--device", "cpu", "--max-num-seqs", "32", "--max-concurrent-connections", "160")
+
+
+class Manner(StrEnum):
+    """How a client treats its reply."""
+
+    READ = "read"
+    READ_SLOWLY = "read slowly"
+    LEAVE_MIDWAY = "leave midway"
+    LEAVE_EARLY = "leave early"
+
+
+WEIGHTS = {
+    Manner.READ: 0.45,
+    Manner.READ_SLOWLY: 0.15,
+    Manner.LEAVE_MIDWAY: 0.25,
+    Manner.LEAVE_EARLY: 0.15,
+}
+
+
+@dataclass
+class Tally:
+    """What has happened so far."""
+
+    ended: Counter[str] = field(default_factory=Counter)  # as the client wanted, by manner
+    refused: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    memory: list[tuple[float, int]] = field(default_factory=list)  # (s, bytes of all processes)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a soak."""
+
+    duration_s: float
+    ended: dict[str, int]
+    refused: dict[str, int]
+    failures: dict[str, int]
+    num_left_open: int  # requests that the server still held when all clients were gone
+    kv_cache_usage: float  # of the idle server
+    memory_mib: tuple[float, float]  # when counting began, and at the end
+    memory_growth: float
+
+    @property
+    def complaints(self) -> list[str]:
+        """Why the server did not pass; empty when it did."""
+        found = [f"{count} x {kind}" for kind, count in self.failures.items()]
+        if not self.ended.get(Manner.READ):
+            found.append("no request was read to its end")
+        if self.num_left_open:
+            found.append(f"{self.num_left_open} requests still open after {IDLE_LIMIT_S:g} s")
+        if self.kv_cache_usage > 0:
+            found.append(f"{self.kv_cache_usage:.2%} of the KV cache in use by an idle server")
+        if self.memory_growth > MAX_GROWTH:
+            found.append(f"memory grew by {self.memory_growth:.1%}; at most {MAX_GROWTH:.0%}")
+        return found
+
+
+class Clients:
+    """Clients that send one request after another until they are stopped."""
+
+    def __init__(self, base_url: str, tally: Tally) -> None:
+        self._tally = tally
+        self._http = httpx.AsyncClient(
+            base_url=base_url,
+            timeout=REQUEST_LIMIT_S,
+            limits=httpx.Limits(max_connections=None),
+            trust_env=False,
+        )
+
+    async def run(self, num_clients: int, duration_s: float) -> None:
+        async with self._http:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(duration_s), asyncio.TaskGroup() as group:
+                    for index in range(num_clients):
+                        group.create_task(self._run_one(random.Random(index)))
+
+    async def _run_one(self, rng: random.Random) -> None:
+        while True:
+            (manner,) = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))
+            try:
+                await self._request(manner, rng)
+            except (httpx.HTTPError, TimeoutError) as error:
+                self._tally.failures[f"{manner}: {type(error).__name__}"] += 1
+
+    async def _request(self, manner: Manner, rng: random.Random) -> None:
+        body = {
+            "input": rng.choice(TEXTS),
+            "response_format": "pcm",
+            "seed": rng.randrange(2**32),
+            "max_tokens": rng.randint(20, 80),
+        }
+        patience_s = rng.uniform(0, 1) if manner is Manner.LEAVE_EARLY else None
+        try:
+            async with (
+                asyncio.timeout(patience_s),
+                self._http.stream("POST", ENDPOINTS["speech"], json=body) as reply,
+            ):
+                if reply.status_code == httpx.codes.OK:
+                    await self._take(reply, manner, rng)
+                    return
+                status = reply.status_code
+        except TimeoutError:
+            self._tally.ended[manner] += 1
+            return
+        if status not in (429, 503):
+            self._tally.failures[f"{manner}: status {status}"] += 1
+            return
+        self._tally.refused[f"status {status}"] += 1
+        await asyncio.sleep(rng.uniform(0, MAX_PAUSE_S))
+
+    async def _take(self, reply: httpx.Response, manner: Manner, rng: random.Random) -> None:
+        num_bytes = 0
+        async for chunk in reply.aiter_raw():
+            num_bytes += len(chunk)
+            if manner is Manner.LEAVE_MIDWAY:
+                break
+            if manner is Manner.READ_SLOWLY:
+                await asyncio.sleep(rng.uniform(0, 0.5))
+        whole = num_bytes > 0 and num_bytes % BYTES_PER_FRAME == 0
+        if manner in (Manner.READ, Manner.READ_SLOWLY) and not whole:
+            self._tally.failures[f"{manner}: {num_bytes} bytes are not whole frames"] += 1
+        else:
+            self._tally.ended[manner] += 1
+
+
+@contextlib.contextmanager
+def small_server() -> Iterator[tuple[str, psutil.Process]]:
+    """A ready server on the embedded model, and its process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    program = [sys.executable, "-m", "vllm.entrypoints.cli", "serve", "--host", "127.0.0.1"]
+    quiet = ["--disable-uvicorn-access-log", "--port", str(port)]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen([*program, *quiet, *SERVER_FLAGS], stderr=log, stdout=log)
+        try:
+            if not _becomes_ready(url, process):
+                log.seek(0)
+                raise RuntimeError(f"the server did not start:\n{log.read()}")
+            yield url, psutil.Process(process.pid)
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def _becomes_ready(url: str, process: subprocess.Popen[bytes]) -> bool:
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health", trust_env=False).status_code == httpx.codes.OK:
+                return True
+        time.sleep(0.1)
+    return False
+
+
+async def soak(
+    url: str, process: psutil.Process, *, num_clients: int, duration_s: float, show_progress: bool
+) -> Outcome:
+    """Let the clients at the server, then look at what they left behind."""
+    tally = Tally()
+    watching = asyncio.create_task(_watch(process, tally, duration_s, show_progress))
+    await Clients(url, tally).run(num_clients, duration_s)
+    watching.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await watching
+    num_left_open, kv_cache_usage = await _idle_state(url)
+    before, after = _memory_ends(tally.memory, duration_s)
+    return Outcome(
+        duration_s=duration_s,
+        ended=dict(tally.ended),
+        refused=dict(tally.refused),
+        failures=dict(tally.failures),
+        num_left_open=num_left_open,
+        kv_cache_usage=kv_cache_usage,
+        memory_mib=(before / 2**20, after / 2**20),
+        memory_growth=after / before - 1,
+    )
+
+
+async def _watch(
+    process: psutil.Process, tally: Tally, duration_s: float, show_progress: bool
+) -> None:
+    start = time.monotonic()
+    with tqdm(total=round(duration_s), unit="s", disable=not show_progress) as bar:
+        while True:
+            family = [process, *process.children(recursive=True)]
+            tally.memory.append(
+                (time.monotonic() - start, sum(member.memory_info().rss for member in family))
+            )
+            failures = sum(tally.failures.values())
+            bar.set_postfix(ended=sum(tally.ended.values()), failures=failures)
+            await asyncio.sleep(1)
+            bar.update()
+
+
+async def _idle_state(url: str) -> tuple[int, float]:
+    """Open requests and share of the KV cache in use, once the server has had time to clear up."""
+    deadline = time.monotonic() + IDLE_LIMIT_S
+    async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as http:
+        while True:
+            gauges = _gauges((await http.get("/metrics")).text)
+            num_open = round(sum(gauges[name] for name in OPEN_GAUGES))
+            usage = gauges["vllm:gpu_cache_usage_perc"]
+            if (not num_open and not usage) or time.monotonic() > deadline:
+                return num_open, usage
+            await asyncio.sleep(0.2)
+
+
+def _gauges(page: str) -> dict[str, float]:
+    families = text_string_to_metric_families(page)
+    return {family.name: family.samples[0].value for family in families if family.type == "gauge"}
+
+
+def _memory_ends(memory: Sequence[tuple[float, int]], duration_s: float) -> tuple[float, float]:
+    """Medians of the first and the last third of what was seen after the warm-up."""
+    warmup_s = min(WARMUP_S, duration_s / 3)
+    counted = [num_bytes for at, num_bytes in memory if at >= warmup_s] or [memory[-1][1]]
+    third = max(1, len(counted) // 3)
+    return median(counted[:third]), median(counted[-third:])
+
+
+def run(*, num_clients: int, duration_s: float, show_progress: bool = True) -> Outcome:
+    """Start a server, soak it, stop it."""
+    with small_server() as (url, process):
+        return asyncio.run(
+            soak(
+                url,
+                process,
+                num_clients=num_clients,
+                duration_s=duration_s,
+                show_progress=show_progress,
+            )
+        )
+
+
+def print_outcome(outcome: Outcome) -> None:
+    rows: list[list[object]] = []
+    for title in ("ended", "refused", "failures"):
+        counts = getattr(outcome, title)
+        rows += [[f"{title}: {name}", count] for name, count in sorted(counts.items())]
+    rows.append(["requests still open", outcome.num_left_open])
+    rows.append(["share of the KV cache in use", outcome.kv_cache_usage])
+    rows.append(["memory after the warm-up, MiB", outcome.memory_mib[0]])
+    rows.append(["memory at the end, MiB", outcome.memory_mib[1]])
+    rows.append(["memory growth", f"{outcome.memory_growth:+.2%}"])
+    print(format_table(["", f"{outcome.duration_s:g} s"], rows))
+    print("passed" if not outcome.complaints else "failed: " + "; ".join(outcome.complaints))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args(argv)
+    if arguments.minutes <= 0 or arguments.clients < 1:
+        parser.error("--minutes and --clients must be more than 0")
+    outcome = run(num_clients=arguments.clients, duration_s=60 * arguments.minutes)
+    print_outcome(outcome)
+    if arguments.json is not None:
+        results: dict[str, Any] = asdict(outcome) | {"complaints": outcome.complaints}
+        write_json(arguments.json, {"clients": arguments.clients, **results})
+    return int(bool(outcome.complaints))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
