@@ -161,14 +161,19 @@ def test_start_poll_speak_stop_and_start_again(manager: Manager) -> None:
 
 
 @pytest.mark.slow
-def test_a_stop_lets_the_open_request_finish(manager: Manager) -> None:
+def test_a_stop_lets_short_requests_finish_and_waits_for_no_long_one(manager: Manager) -> None:
     manager.start()
-    body = {"input": "Hello.", "max_tokens": 100, "seed": 1, "response_format": "pcm"}
-    with manager.client.stream("POST", "/v1/audio/speech", json=body) as reply:
-        pieces = reply.iter_raw()
-        num_bytes = len(next(pieces))
+    short = {"input": "Hello.", "max_tokens": 30, "seed": 1, "response_format": "pcm"}
+    long = {"input": "A long text. " * 100, "seed": 1, "response_format": "pcm"}
+    with (
+        manager.client.stream("POST", "/v1/audio/speech", json=long) as endless,
+        manager.client.stream("POST", "/v1/audio/speech", json=short) as reply,
+    ):
+        unread = endless.iter_raw()
+        next(unread)
         manager.terminate()
-        num_bytes += sum(map(len, pieces))
-    assert num_bytes % 1920 == 0
-    assert manager.wait_stopped() == 0
+        assert len(b"".join(reply.iter_raw())) == (30 - 8) * 1920
+        assert manager.wait_stopped() == 0
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(unread)
     assert not manager.group()
