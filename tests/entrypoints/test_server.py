@@ -14,7 +14,7 @@ from vllm.exceptions import InvalidRequestError
 
 
 def test_ready(live: Any) -> None:
-    assert live.client.get("/health").content == b""
+    assert live.client.get("/health").json()["status"] == "ok"
     assert live.client.get("/ping").status_code == 200
     assert set(live.client.get("/version").json()) == {"version"}
 

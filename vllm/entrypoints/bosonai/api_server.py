@@ -22,7 +22,6 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from pydantic import BaseModel
 
 import vllm
 from vllm import envs
@@ -35,12 +34,13 @@ from vllm.entrypoints.bosonai.middleware import (
     RequestIdMiddleware,
 )
 from vllm.entrypoints.bosonai.reference_audio import ReferenceAudioLoader
+from vllm.entrypoints.bosonai.service_routes import add_service_routes
 from vllm.entrypoints.bosonai.serving_audio import ServingAudio
 from vllm.entrypoints.bosonai.speech_reply import END_HEADERS, START_HEADERS
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.bosonai.voices import VoiceLibrary
 from vllm.entrypoints.cli_args import ServeArgs, parse_serve_args
-from vllm.entrypoints.openai.errors import install_error_handlers
+from vllm.entrypoints.openai.errors import ERROR_REPLIES, install_error_handlers
 from vllm.entrypoints.openai.protocol import AudioSpeechRequest
 from vllm.exceptions import ConfigError, ModelNotFoundError
 from vllm.logger import configure_logging, get_logger
@@ -64,30 +64,6 @@ _EXPOSED_HEADERS = (
 )
 _NOISE_NOTICE = "random weights: this model makes noise, not speech"
 
-
-class _ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class _ErrorBody(BaseModel):
-    """Every failure, with the older flat keys beside ``error``."""
-
-    error: _ErrorDetail
-    object: str
-    message: str
-    type: str
-    param: str | None
-    code: int
-    detail: str
-
-
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": _ErrorBody, "description": "The request is wrong"},
-    "5XX": {"model": _ErrorBody, "description": "The server cannot answer"},
-}
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _SPEECH_REPLIES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -97,7 +73,7 @@ _SPEECH_REPLIES: dict[int | str, dict[str, Any]] = {
             "text/event-stream": {"schema": {"type": "string"}},
         },
     },
-    **_ERRORS,
+    **ERROR_REPLIES,
 }
 
 
@@ -129,7 +105,7 @@ def build_app(args: ServeArgs, host: EngineHost) -> FastAPI:
     )
     install_error_handlers(app)
     _add_middleware(app, args)
-    _add_service_routes(app, args, host)
+    _add_version_route(app)
     metrics = SpeechMetrics(
         args.model_names[0],
         lambda: host.engine.scheduler_stats() if host.state is HostState.READY else None,
@@ -138,6 +114,7 @@ def build_app(args: ServeArgs, host: EngineHost) -> FastAPI:
     _add_model_routes(app, args, host)
     loader = ReferenceAudioLoader(args.server, clips)
     synthesizer = Synthesizer(args.server, host, metrics)
+    add_service_routes(app, args, host, synthesizer)
     _add_audio_routes(app, host, ServingAudio(args, synthesizer, encoders, loader))
     return app
 
@@ -177,21 +154,7 @@ def _add_foreign_middleware(app: FastAPI, path: str) -> None:
     app.add_middleware(factory)
 
 
-def _add_service_routes(app: FastAPI, args: ServeArgs, host: EngineHost) -> None:
-    @app.get("/health", response_class=Response, responses=_ERRORS)
-    async def health() -> Response:
-        """200 when requests are served, 503 while loading and when the engine is gone."""
-        host.ready_engine()
-        return Response()
-
-    @app.get("/ping", response_class=Response, responses={204: {"description": "Loading"}})
-    async def ping() -> Response:
-        """200 when requests are served, 204 while loading, 503 when the engine is gone."""
-        if host.state is HostState.LOADING:
-            return Response(status_code=204)
-        host.ready_engine()
-        return Response()
-
+def _add_version_route(app: FastAPI) -> None:
     @app.get("/version")
     async def version() -> dict[str, str]:
         return {"version": vllm.__version__}
@@ -224,11 +187,11 @@ def _add_model_routes(app: FastAPI, args: ServeArgs, host: EngineHost) -> None:
             fields["description"] = _NOISE_NOTICE
         return fields
 
-    @app.get("/v1/models", responses=_ERRORS)
+    @app.get("/v1/models", responses=ERROR_REPLIES)
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [card(name) for name in args.model_names]}
 
-    @app.get("/v1/models/{model_id:path}", responses=_ERRORS)
+    @app.get("/v1/models/{model_id:path}", responses=ERROR_REPLIES)
     async def retrieve_model(model_id: str) -> dict[str, Any]:
         if model_id not in args.model_names:
             raise ModelNotFoundError(
@@ -238,7 +201,7 @@ def _add_model_routes(app: FastAPI, args: ServeArgs, host: EngineHost) -> None:
 
 
 def _add_audio_routes(app: FastAPI, host: EngineHost, serving: ServingAudio) -> None:
-    @app.get("/v1/audio/voices", responses=_ERRORS)
+    @app.get("/v1/audio/voices", responses=ERROR_REPLIES)
     async def list_voices() -> dict[str, Any]:
         voices = host.ready_engine().voices
         assert voices is not None, "a ready engine has its voices"

@@ -95,12 +95,13 @@ class Synthesizer:
     ) -> AsyncGenerator[SpeechOutput]:
         """The engine's outputs, between entering and leaving."""
         self.admission.enter(ticket)
-        has_succeeded = False
+        has_audio = has_succeeded = False
         try:
             async with aclosing(self._generate(engine, prompt, params, ticket)) as source:
                 async for output in source:
                     self.admission.start(ticket)
-                    has_succeeded = _is_success(output)
+                    has_audio = has_audio or output.audio.size > 0
+                    has_succeeded = has_audio and _is_success(output)
                     yield output
         finally:
             self.admission.leave(ticket, succeeded=has_succeeded)

@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from vllm.exceptions import (
@@ -25,9 +26,41 @@ from vllm.exceptions import (
 )
 from vllm.logger import get_logger
 
-__all__ = ["error_body", "error_response", "install_error_handlers", "to_response"]
+__all__ = [
+    "ERROR_REPLIES",
+    "error_body",
+    "error_response",
+    "install_error_handlers",
+    "to_response",
+]
 
 logger = get_logger(__name__)
+
+
+class _ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class _ErrorBody(BaseModel):
+    """Every failure, with the older flat keys beside ``error``."""
+
+    error: _ErrorDetail
+    object: str
+    message: str
+    type: str
+    param: str | None
+    code: int
+    detail: str
+
+
+# for the OpenAPI document
+ERROR_REPLIES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": _ErrorBody, "description": "The request is wrong"},
+    "5XX": {"model": _ErrorBody, "description": "The server cannot answer"},
+}
 
 _RETRY_AFTER_S = 5.0
 _MAX_SHOWN = 200  # characters of a refused value that a message repeats
@@ -39,8 +72,10 @@ _KINDS: dict[int, tuple[str, str, str]] = {
     403: ("permission_error", "PermissionDeniedError", "forbidden"),
     404: ("not_found_error", "NotFoundError", "not_found"),
     405: ("invalid_request_error", "MethodNotAllowedError", "method_not_allowed"),
+    409: ("invalid_request_error", "ConflictError", "conflict"),
     413: ("invalid_request_error", "RequestTooLargeError", "request_too_large"),
     415: ("invalid_request_error", "UnsupportedMediaTypeError", "unsupported_media_type"),
+    422: ("invalid_request_error", "UnprocessableEntityError", "invalid_value"),
     429: ("rate_limit_error", "RateLimitError", "rate_limit_exceeded"),
     499: ("invalid_request_error", "RequestAbortedError", "aborted"),
     503: ("service_unavailable_error", "ServiceUnavailableError", "unavailable"),
@@ -86,19 +121,19 @@ def error_response(
     all_headers = dict(headers or {})
     if status in (429, 503):
         all_headers["Retry-After"] = str(max(1, math.ceil(retry_after_s or _RETRY_AFTER_S)))
-    elif status >= 500:
+    elif status >= 500 or status == 409:  # OpenAI's clients would try both again
         all_headers["x-should-retry"] = "false"
     return JSONResponse(
         error_body(status, message, param=param, code=code), status, headers=all_headers
     )
 
 
-def to_response(error: Exception) -> JSONResponse:
+def to_response(error: Exception, *, validation_status: int = 400) -> JSONResponse:
     """Reply of any exception; unknown ones are logged and told as an internal error."""
     if isinstance(error, HiggsAudioError):
         return _from_known(error)
     if isinstance(error, RequestValidationError):
-        return _from_validation(error.errors())
+        return _from_validation(error.errors(), validation_status)
     if isinstance(error, HTTPException):
         return _from_http(error)
     logger.error("unexpected error", exc_info=error)
@@ -108,11 +143,17 @@ def to_response(error: Exception) -> JSONResponse:
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every exception of ``app`` in this module's form."""
 
-    async def handle(_: Request, error: Exception) -> JSONResponse:
-        return to_response(error)
+    async def handle(raw: Request, error: Exception) -> JSONResponse:
+        return to_response(error, validation_status=_validation_status(raw))
 
     for kind in (HiggsAudioError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
+
+
+def _validation_status(raw: Request) -> int:
+    """422 on the proxy's routes, as their clients know it; 400 on all others."""
+    path: str = getattr(raw.scope.get("route"), "path", "")
+    return 422 if path.startswith("/generate") else 400
 
 
 def _from_known(error: HiggsAudioError) -> JSONResponse:
@@ -141,21 +182,26 @@ _ROUTING_MESSAGES = {
 }
 
 
-def _from_validation(problems: Sequence[Any]) -> JSONResponse:
+def _from_validation(problems: Sequence[Any], status: int) -> JSONResponse:
     first = problems[0]
     refused = (first.get("ctx") or {}).get("error")
     if isinstance(refused, InvalidRequestError):
         return _from_known(refused)
     if first["type"] == "json_invalid":
-        return error_response(400, f"the body is not valid JSON: {refused}", code="invalid_json")
+        message = f"the body is not valid JSON: {refused}"
+        return error_response(status, message, code="invalid_json")
     param = _field_of(first["loc"])
     message = "; ".join(_sentences(problems))
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
-    return error_response(400, message, param=param, code=code)
+    return error_response(status, message, param=param, code=code)
 
 
 def _field_of(location: Sequence[Any]) -> str | None:
-    return str(location[1]) if len(location) > 1 else None
+    """Name of the field; in a list of bodies, the index goes before it."""
+    names = location[1:]
+    if len(names) > 1 and isinstance(names[0], int):
+        return f"{names[0]}.{names[1]}"
+    return str(names[0]) if names else None
 
 
 def _sentences(problems: Sequence[Any]) -> list[str]:
