@@ -191,7 +191,7 @@ class FakeEngine:
         return SpeechOutput(
             request_id=request_id,
             audio=audio,
-            codes=np.zeros((8, 0), np.int16),
+            codes=np.zeros((8, audio.size // HOP), np.int16),
             delayed_codes=np.zeros((0, 8), np.int16),
             sample_rate=SAMPLE_RATE,
             seed=seed,
