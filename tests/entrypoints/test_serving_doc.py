@@ -18,6 +18,7 @@ from vllm.entrypoints.bosonai.engine_host import EngineHost
 from vllm.entrypoints.bosonai.speech_reply import END_HEADERS, START_HEADERS
 from vllm.entrypoints.cli_args import IGNORED_FLAGS, REFUSED_FLAGS, ServerConfig, parse_serve_args
 from vllm.entrypoints.openai import AudioSpeechRequest
+from vllm.entrypoints.openai.chat_protocol import ChatCompletionRequest
 from vllm.outputs import FinishReason
 from vllm.v1.engine.messages import SchedulerStats
 from vllm.v1.metrics import SpeechMetrics
@@ -40,6 +41,7 @@ def test_routes(code_spans: set[str], fake_engine: Any) -> None:
 
 def test_fields(code_spans: set[str]) -> None:
     assert set(AudioSpeechRequest.model_fields) <= code_spans
+    assert set(ChatCompletionRequest.model_fields) <= code_spans
 
 
 def test_formats(code_spans: set[str]) -> None:

@@ -22,6 +22,7 @@ from vllm.logger import get_logger
 
 __all__ = [
     "IGNORED_FLAGS",
+    "NO_STORE",
     "REFUSED_FLAGS",
     "ServeArgs",
     "ServerConfig",
@@ -32,6 +33,9 @@ __all__ = [
 ]
 
 logger = get_logger(__name__)
+
+
+NO_STORE = "none"  # value of --voice-store
 
 
 def _option(default: Any, help_text: str, **extra: Any) -> Any:
@@ -56,6 +60,12 @@ class ServerConfig:
     voice_presets_refresh_interval: float = _option(
         10.0, "seconds between looks at the presets folder"
     )
+    voice_store: str | None = _option(
+        None,
+        "folder of uploaded voices, which servers may share; none refuses uploads; "
+        "default: voices in the cache folder",
+    )
+    max_stored_voices: int = _option(1000, "uploaded voices that are kept")
     default_voice: str | None = _option(
         None, "voice of requests that name none; default: the presets' default"
     )
@@ -104,6 +114,10 @@ class ServerConfig:
             path = getattr(self, name)
             if path and not Path(path).is_file():
                 raise ConfigError(f"{_flag_name(name)} {path}: there is no such file")
+        if "://" in (self.voice_store or ""):
+            raise ConfigError(
+                f"--voice-store {self.voice_store}: only folders are supported; mount the bucket"
+            )
         if self.voice_presets_refresh_interval <= 0:
             raise ConfigError(
                 f"--voice-presets-refresh-interval {self.voice_presets_refresh_interval}: above 0"
@@ -158,7 +172,7 @@ IGNORED_FLAGS: dict[str, int] = {
     "--enable-request-id-headers": 0,
 }
 
-_NO_CHAT = "chat completions are not served; use POST /v1/audio/speech"
+_NO_CHAT = "chat completions are speech in the form that the model knows; there is nothing to set"
 _NO_QUANT = "weights are served as they are; choose their type with --dtype"
 _NO_PARALLEL = "one device serves a model; start one server per device"
 _NO_SPECULATION = "frames are generated one by one; nothing replaces it"

@@ -26,6 +26,7 @@ from fastapi.middleware.cors import CORSMiddleware
 import vllm
 from vllm import envs
 from vllm.entrypoints.bosonai.admission import QUEUE_HEADERS
+from vllm.entrypoints.bosonai.batch_speech import add_batch_routes
 from vllm.entrypoints.bosonai.engine_host import EngineClient, EngineHost, HostState
 from vllm.entrypoints.bosonai.middleware import (
     ApiKeyMiddleware,
@@ -33,9 +34,16 @@ from vllm.entrypoints.bosonai.middleware import (
     LastResortMiddleware,
     RequestIdMiddleware,
 )
+from vllm.entrypoints.bosonai.proxy_routes import PROXY_HEADERS, add_proxy_routes
 from vllm.entrypoints.bosonai.reference_audio import ReferenceAudioLoader
 from vllm.entrypoints.bosonai.service_routes import add_service_routes
 from vllm.entrypoints.bosonai.serving_audio import ServingAudio
+from vllm.entrypoints.bosonai.serving_chat import ServingChat, add_chat_routes
+from vllm.entrypoints.bosonai.serving_voices import (
+    MULTIPART_PATHS,
+    add_voice_routes,
+    open_store,
+)
 from vllm.entrypoints.bosonai.speech_reply import END_HEADERS, START_HEADERS
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.bosonai.voices import VoiceLibrary
@@ -59,6 +67,7 @@ _EXPOSED_HEADERS = (
     "X-Request-Id",
     "Retry-After",
     *QUEUE_HEADERS,
+    *PROXY_HEADERS,
     *START_HEADERS,
     *END_HEADERS,
 )
@@ -115,7 +124,12 @@ def build_app(args: ServeArgs, host: EngineHost) -> FastAPI:
     loader = ReferenceAudioLoader(args.server, clips)
     synthesizer = Synthesizer(args.server, host, metrics)
     add_service_routes(app, args, host, synthesizer)
-    _add_audio_routes(app, host, ServingAudio(args, synthesizer, encoders, loader))
+    speech = ServingAudio(args, synthesizer, encoders, loader)
+    _add_audio_routes(app, speech)
+    add_voice_routes(app, host, open_store(args.server), clips)
+    add_proxy_routes(app, args.server, speech, synthesizer)
+    add_batch_routes(app, args.server, speech, synthesizer)
+    add_chat_routes(app, ServingChat(args, synthesizer, encoders, loader, speech))
     return app
 
 
@@ -124,7 +138,9 @@ def _add_middleware(app: FastAPI, args: ServeArgs) -> None:
     config = args.server
     for path in config.middleware:
         _add_foreign_middleware(app, path)
-    app.add_middleware(BodyRulesMiddleware, max_bytes=config.max_body_bytes)
+    app.add_middleware(
+        BodyRulesMiddleware, max_bytes=config.max_body_bytes, multipart_paths=MULTIPART_PATHS
+    )
     if config.keys:
         app.add_middleware(ApiKeyMiddleware, keys=config.keys)
     app.add_middleware(LastResortMiddleware)
@@ -200,13 +216,7 @@ def _add_model_routes(app: FastAPI, args: ServeArgs, host: EngineHost) -> None:
         return card(model_id)
 
 
-def _add_audio_routes(app: FastAPI, host: EngineHost, serving: ServingAudio) -> None:
-    @app.get("/v1/audio/voices", responses=ERROR_REPLIES)
-    async def list_voices() -> dict[str, Any]:
-        voices = host.ready_engine().voices
-        assert voices is not None, "a ready engine has its voices"
-        return {"object": "list", "voices": await asyncio.to_thread(voices.list)}
-
+def _add_audio_routes(app: FastAPI, serving: ServingAudio) -> None:
     @app.post("/v1/audio/speech", response_class=Response, responses=_SPEECH_REPLIES)
     async def create_speech(body: AudioSpeechRequest, raw: Request) -> Response:
         """Speak a text."""
@@ -220,6 +230,7 @@ def create_engine(args: ServeArgs) -> EngineClient:
         return VoiceLibrary.for_engine(
             info,
             folder=args.server.presets_folder,
+            store=open_store(args.server),
             default_voice=args.server.default_voice,
             refresh_interval_s=args.server.voice_presets_refresh_interval,
         )
