@@ -29,6 +29,8 @@ __all__ = [
 DEFAULT_AUDIO_TOKENIZER = "bosonai/higgs-audio-v2-tokenizer"
 EMBEDDED_MODEL_NAME = "higgs-audio-tiny"
 
+_MAX_POSITIONS = 131_072  # what the published model was made for (specification §1.1)
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -53,12 +55,17 @@ class ModelConfig:
     dtype: DType = _option(
         "auto",
         "number type of the weights: bfloat16 on CUDA and float32 on CPU when auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        aliases={"half": "float16", "float": "float32"},
     )
-    max_model_len: int = _option(8192, "positions of one request: prompt plus audio frames")
+    max_model_len: int = _option(
+        8192, "positions of one request: prompt plus audio frames", thousands=True
+    )
 
     def __post_init__(self) -> None:
-        _require(self.max_model_len >= 64, f"--max-model-len {self.max_model_len}: at least 64")
+        _require(
+            64 <= self.max_model_len <= _MAX_POSITIONS,
+            f"--max-model-len {self.max_model_len}: from 64 to {_MAX_POSITIONS}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

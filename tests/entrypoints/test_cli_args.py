@@ -188,3 +188,19 @@ def test_help_lists_every_group(capsys: pytest.CaptureFixture[Any]) -> None:
     for word in ("HTTP server", "engine: cache", "accepted without effect", "--ras-mode"):
         assert word in page
     assert "--quantization" not in page
+
+
+@pytest.mark.parametrize(("text", "expected"), [("8k", 8000), ("8K", 8192), ("4096", 4096)])
+def test_context_length_may_be_written_in_thousands(text: str, expected: int) -> None:
+    assert parse_serve_args(["--max-model-len", text]).engine.model.max_model_len == expected
+
+
+def test_dtype_knows_upstreams_short_names() -> None:
+    assert parse_serve_args(["--dtype", "half"]).engine.model.dtype == "float16"
+
+
+@pytest.mark.parametrize("flag", ["-tp", "-pp", "--data-parallel-size"])
+def test_parallel_sizes_of_one_have_no_effect(flag: str) -> None:
+    assert parse_serve_args([flag, "1"]).ignored_flags == (flag,)
+    with pytest.raises(SystemExit):
+        parse_serve_args([flag, "2"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,6 +179,13 @@ _NO_PARALLEL = "one device serves a model; start one server per device"
 _NO_SPECULATION = "frames are generated one by one; nothing replaces it"
 _PRESETS = "clone with a preset voice (--voice-presets-dir) or with ref_audio in the request"
 
+# accepted with the value 1
+_PARALLEL_SIZES = (
+    ("--tensor-parallel-size", "-tp"),
+    ("--pipeline-parallel-size", "-pp"),
+    ("--data-parallel-size", "-dp"),
+)
+
 # upstream flag -> what to use instead
 REFUSED_FLAGS: dict[str, str] = {
     "--quantization": _NO_QUANT,
@@ -202,10 +210,6 @@ REFUSED_FLAGS: dict[str, str] = {
     "--num-gpu-blocks-override": "--kv-cache-memory, in bytes",
     "--kv-cache-memory-bytes": "--kv-cache-memory",
     "--cpu-offload-gb": "lower --max-model-len or --max-num-seqs to save memory",
-    "--pipeline-parallel-size": _NO_PARALLEL,
-    "-pp": _NO_PARALLEL,
-    "--data-parallel-size": _NO_PARALLEL,
-    "-dp": _NO_PARALLEL,
     "--enable-expert-parallel": _NO_PARALLEL,
     "--distributed-executor-backend": _NO_PARALLEL,
     "--worker-cls": _NO_PARALLEL,
@@ -257,6 +261,28 @@ REFUSED_FLAGS: dict[str, str] = {
     "--show-hidden-metrics-for-version": "read /metrics",
     "--use-v2-block-manager": "there is one block manager",
     "--preemption-mode": "preempted requests keep or swap their pages",
+    "--rope-scaling": "edit config.json in a local copy and give its folder as --model",
+    "--rope-theta": "edit config.json in a local copy and give its folder as --model",
+    "--ignore-patterns": "a download takes the configuration and one copy of the weights",
+    "--attention-backend": "there is one attention implementation per device",
+    "--disable-cascade-attn": "there is one attention implementation per device",
+    "--kv-transfer-config": "the KV cache stays in its process",
+    "--prefix-caching-hash-algo": "blocks are hashed with BLAKE2b; --no-enable-prefix-caching turns sharing off",
+    "--async-scheduling": "steps are scheduled one by one",
+    "--stream-interval": "--stream-ramp, in audio frames",
+    "--additional-config": "write the flags on the command line",
+    "--decode-context-parallel-size": _NO_PARALLEL,
+    "--enable-eplb": _NO_PARALLEL,
+    "--node-rank": _NO_PARALLEL,
+    "--structured-outputs-config": "audio has no text to constrain",
+    "--logits-processors": "audio has no text to constrain",
+    "--runner": "this server speaks; there is no other task",
+    "--convert": "this server speaks; there is no other task",
+    "--media-io-kwargs": "clips are prepared by the codec's own rules",
+    "--uds": "--host and --port",
+    "--log-config-file": "set VLLM_LOGGING_LEVEL",
+    "--log-error-stack": "set VLLM_LOGGING_LEVEL",
+    "--enable-log-requests": "requests are not logged; read /metrics",
     "--config": "write the flags on the command line",
 }
 
@@ -317,14 +343,14 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             flag, action=_Ignore, nargs=num_values, default=argparse.SUPPRESS, help="no effect"
         )
-    group.add_argument(
-        "--tensor-parallel-size",
-        "-tp",
-        action=_OnlyOne,
-        type=int,
-        default=argparse.SUPPRESS,
-        help="1 is the only value",
-    )
+    for names in _PARALLEL_SIZES:
+        group.add_argument(
+            *names,
+            action=_OnlyOne,
+            type=int,
+            default=argparse.SUPPRESS,
+            help="1 is the only value",
+        )
     for flag, advice in REFUSED_FLAGS.items():
         parser.add_argument(
             *([flag, f"--no-{flag[2:]}"] if flag.startswith("--") else [flag]),
@@ -398,8 +424,19 @@ def _argument_form(hint: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     if get_origin(hint) in (Union, UnionType):
         return {"type": next(kind for kind in get_args(hint) if kind is not NoneType)}
     if get_origin(hint) is Literal:
-        return {"choices": get_args(hint)}
+        aliases = metadata.get("aliases", {})
+        return {"choices": get_args(hint), "type": lambda text: aliases.get(text, text)}
+    if metadata.get("thousands"):
+        return {"type": _count}
     return {"type": hint}
+
+
+def _count(text: str) -> int:
+    """A whole number; ``8k`` is 8,000 and ``8K`` is 8,192, as upstream reads them."""
+    match = re.fullmatch(r"(\d+)([kK]?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number such as 8192, 8k or 8K")
+    return int(match[1]) * {"": 1, "k": 1000, "K": 1024}[match[2]]
 
 
 def _json_list(text: str) -> list[str]:
