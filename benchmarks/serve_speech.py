@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 
 from benchmarks._report import circumstances, format_table, write_json
+from vllm import envs
 from vllm.benchmarks import PERCENTILES, Load, run_load
 from vllm.benchmarks.client import Client, Settings, make_bodies
 
@@ -92,7 +93,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-warmups", type=int, default=1, help="requests that do not count")
     parser.add_argument("--voice")
     parser.add_argument("--model")
-    parser.add_argument("--api-key")
     parser.add_argument(
         "--max-tokens",
         type=int,
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         base_url=arguments.base_url,
         voice=arguments.voice,
         model=arguments.model,
-        api_key=arguments.api_key,
+        api_key=envs.VLLM_API_KEY,  # no flag: the command is written to the JSON
         max_tokens=tuple(arguments.max_tokens) if arguments.max_tokens else None,
         timeout_s=arguments.timeout_s,
         seed=arguments.seed,

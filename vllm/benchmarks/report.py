@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
-import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,12 +56,12 @@ def format_report(point: Mapping[str, Any], configuration: Mapping[str, object])
     return "\n".join(lines)
 
 
-def write_results(path: Path, results: Mapping[str, Any]) -> None:
+def write_results(path: Path, results: Mapping[str, Any], *, command: str) -> None:
     """Write JSON: the results, and when, where and by what command they were measured."""
     circumstances = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "client": platform.platform(),
-        "command": shlex.join(sys.argv),
+        "command": command,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"circumstances": circumstances, **results}, indent=2)

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -41,13 +42,14 @@ def run(argv: Sequence[str]) -> int:
 
     try:
         point = asyncio.run(_measure(arguments, settings, load))
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         print(f"{settings.base_url} does not serve: {error!r}", file=sys.stderr)
         return 1
     print(format_report(point, _configuration(arguments, settings, load)))
     if arguments.json is not None:
         shown = asdict(settings) | {"api_key": None}
-        write_results(arguments.json, {"settings": shown, "result": point})
+        command = _shown_command(argv, arguments.api_key)
+        write_results(arguments.json, {"settings": shown, "result": point}, command=command)
     if arguments.plot is not None:
         plot_point(point, arguments.plot)
     return int(point["num_failures"] > 0)
@@ -172,6 +174,11 @@ def _configuration(
         "concurrency": load.concurrency or "no limit",
         "request rate": "as they finish" if load.rate is None else f"{load.rate:g} per s",
     }
+
+
+def _shown_command(argv: Sequence[str], api_key: str | None) -> str:
+    command = shlex.join(["vllm", "bench", *argv])
+    return command.replace(api_key, "***") if api_key else command
 
 
 def _read_texts(path: Path) -> tuple[str, ...]:
