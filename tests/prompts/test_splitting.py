@@ -104,3 +104,9 @@ def test_huge_odd_text_is_split_in_linear_time(text):
 )
 def test_speech_limit(text, seconds):
     assert speech_limit_seconds(text) == pytest.approx(seconds)
+
+
+def test_a_word_longer_than_a_part_is_cut():
+    parts = split_text("a" * 1000 + " end", max_chars=300)
+    assert "".join(parts).replace(" ", "") == "a" * 1000 + "end"
+    assert max(map(len, parts)) <= 300

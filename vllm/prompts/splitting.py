@@ -28,6 +28,7 @@ _SENTENCE_END = re.compile(
 )
 _CLAUSE_END = re.compile(rf"[,;:\u2013\u2014][{_CLOSERS}]*+\s+|[\uff0c\u3001\uff1b\uff1a]\s*+")
 _TAG = r"\[SPEAKER\d+\]"
+_TAGS = re.compile(rf"(?:{_TAG}\s*)*")
 _TURN_START = re.compile(rf"(?={_TAG})")
 _ENDS_WITH_TAG = re.compile(rf"{_TAG}\s*$")
 _WORD = re.compile(rf"(?:{_TAG}\s*)*\S+\s*")
@@ -66,7 +67,8 @@ def split_text(
         max_chars: most characters of a part; a CJK character counts three times.
     """
     language = (language or "en").lower().partition("-")[0]
-    cutters = (_turns, partial(_sentences, language=language), _clauses, _words, _characters)
+    pieces = partial(_pieces, limit=max_chars)
+    cutters = (_turns, partial(_sentences, language=language), _clauses, _words, _characters, pieces)
     return [stripped for part in _pack(text, max_chars, cutters) if (stripped := part.strip())]
 
 
@@ -143,6 +145,16 @@ def _words(text: str) -> list[str]:
 
 def _characters(text: str) -> list[str]:
     return _cut_at(text, (character.end() for character in _CHARACTER.finditer(text)))
+
+
+def _pieces(text: str, *, limit: int) -> list[str]:
+    """Cuts of a word that is longer than a part; the tags before it do not count."""
+    tags = _TAGS.match(text)
+    start = tags.end() if tags else 0
+    if text_width(text[start:].strip()) <= limit:
+        return [text]
+    size = max(1, limit // _CJK_WIDTH)
+    return _cut_at(text, iter(range(start + size, len(text), size)))
 
 
 def _cut_at(text: str, positions: Iterator[int]) -> list[str]:
