@@ -200,17 +200,15 @@ def make_ticket(
 ) -> Ticket:
     """Ticket of an HTTP request and of what its body says.
 
-    A ``request_id`` in the body goes before the header and is sent back. Of the time limits (body,
-    header and server) the shortest counts.
+    A ``request_id`` in the body goes before the header. Of the time limits (body, header and
+    server) the shortest counts.
 
     Raises:
         InvalidRequestError: the timeout header is not a number of seconds above 0.
     """
-    if request_id is not None:
-        raw.state.request_id = request_id
     limits = (timeout_s, _header_timeout(raw), config.request_timeout)
     return Ticket(
-        client_id=raw.state.request_id,
+        client_id=request_id or raw.state.request_id,
         owner=owner_of(raw, config),
         priority=priority or 0,
         timeout_s=min(filter(None, limits), default=None),

@@ -85,7 +85,8 @@ class ServingAudio:
         return await unless_client_leaves(raw.receive, reply.file())
 
     def ticket(self, body: SamplingOptions, raw: Request) -> Ticket:
-        """Ticket of a request, see ``make_ticket``."""
+        """Ticket of a request, see ``make_ticket``; an id in the body is sent back."""
+        raw.state.request_id = body.request_id or raw.state.request_id
         return make_ticket(
             raw,
             self._config,

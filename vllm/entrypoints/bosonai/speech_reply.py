@@ -169,10 +169,14 @@ class SpeechReply:
             return
         yield _event({"type": "speech.audio.done", **summary(self.ending())})
 
+    async def data(self) -> bytes:
+        """The bytes of the complete file; ``ending`` tells the rest."""
+        async with aclosing(self.outputs):
+            return b"".join([piece async for piece in self.audio()])
+
     async def file(self) -> Response:
         """The complete file, with its true length, usage and timings."""
-        async with aclosing(self.outputs):
-            data = b"".join([piece async for piece in self.audio()])
+        data = await self.data()
         headers = {**self.headers(), **end_headers(self.ending())}
         return Response(data, media_type=self.format.media_type, headers=headers)
 

@@ -1,0 +1,170 @@
+"""Many texts in one request: each becomes a result of its own, and a bad one spoils no other.
+
+Items go through the same steps as single requests, ``max_num_seqs`` of one batch at a time. Knows
+nothing of how clients and files write a batch down, except for ``/v1/audio/speech/batch``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm.entrypoints.bosonai.admission import Ticket, make_ticket
+from vllm.entrypoints.bosonai.middleware import unless_client_leaves
+from vllm.entrypoints.bosonai.serving_audio import ServingAudio
+from vllm.entrypoints.bosonai.speech_reply import Ending, summary
+from vllm.entrypoints.bosonai.synthesis import Synthesizer
+from vllm.entrypoints.openai.errors import ERROR_REPLIES, to_response
+from vllm.entrypoints.openai.protocol import AudioSpeechRequest
+
+if TYPE_CHECKING:
+    from vllm.entrypoints.cli_args import ServerConfig
+
+__all__ = ["BatchItem", "Failure", "Spoken", "add_batch_routes", "read_item", "speak", "speak_all"]
+
+_MAX_ITEMS = 32
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """An item that became a file."""
+
+    data: bytes
+    media_type: str
+    ending: Ending
+    seconds: float  # from its turn to the last byte
+
+    def as_json(self) -> dict[str, Any]:
+        """Audio, usage and timings."""
+        encoded = base64.b64encode(self.data).decode("ascii")
+        return {"audio_data": encoded, "media_type": self.media_type, **summary(self.ending)}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An item that did not; ``body`` is what a single request would have been answered."""
+
+    status: int
+    body: Mapping[str, Any]
+
+    @property
+    def message(self) -> str:
+        return str(self.body["message"])
+
+
+@dataclass(frozen=True)
+class BatchItem:
+    """One text of a batch.
+
+    ``body`` makes its request, or raises what is wrong with it; ``ticket`` is for that request.
+    """
+
+    body: Callable[[], AudioSpeechRequest]
+    ticket: Callable[[AudioSpeechRequest], Ticket]
+
+
+async def speak(serving: ServingAudio, item: BatchItem) -> Spoken | Failure:
+    """The result of one item; only being cancelled is raised."""
+    started_at = time.monotonic()
+    try:
+        body = item.body()
+        reply = await serving.begin(body, item.ticket(body))
+        data = await reply.data()
+    except Exception as error:
+        refusal = to_response(error)
+        return Failure(refusal.status_code, json.loads(bytes(refusal.body)))
+    seconds = time.monotonic() - started_at
+    return Spoken(data, reply.format.media_type, reply.ending(), seconds)
+
+
+async def speak_all(
+    serving: ServingAudio, items: Sequence[BatchItem], *, num_together: int
+) -> list[Spoken | Failure]:
+    """Results of all items, in their order."""
+    turns = asyncio.Semaphore(num_together)
+
+    async def in_turn(item: BatchItem) -> Spoken | Failure:
+        async with turns:
+            return await speak(serving, item)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(in_turn(item)) for item in items]
+    return [task.result() for task in tasks]
+
+
+def read_item(fields: Mapping[str, Any]) -> AudioSpeechRequest:
+    """An item in the form of a speech request; always a complete file.
+
+    Raises:
+        RequestValidationError: a field is wrong.
+    """
+    try:
+        return AudioSpeechRequest.model_validate({**fields, "stream": False})
+    except ValidationError as error:
+        problems = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+        raise RequestValidationError(problems) from error
+
+
+class SpeechBatchRequest(BaseModel):
+    """Body of ``POST /v1/audio/speech/batch``."""
+
+    model_config = ConfigDict(strict=True)
+
+    items: Annotated[
+        list[dict[str, Any]],
+        Field(
+            min_length=1,
+            max_length=_MAX_ITEMS,
+            description="bodies of POST /v1/audio/speech; each is checked on its own",
+        ),
+    ]
+
+
+def add_batch_routes(
+    app: FastAPI, config: ServerConfig, serving: ServingAudio, synthesizer: Synthesizer
+) -> None:
+    """Add ``POST /v1/audio/speech/batch``."""
+
+    @app.post("/v1/audio/speech/batch", responses=ERROR_REPLIES)
+    async def create_speech_batch(body: SpeechBatchRequest, raw: Request) -> dict[str, Any]:
+        """Speak up to 32 texts; each has a result of its own."""
+        synthesizer.ready_engine()
+        synthesizer.admission.check_room()
+
+        def ticket(item: AudioSpeechRequest) -> Ticket:
+            return make_ticket(
+                raw,
+                config,
+                request_id=item.request_id,
+                priority=item.priority,
+                timeout_s=item.timeout_s,
+            )
+
+        items = [
+            BatchItem(partial(read_item, fields), ticket) for fields in body.items
+        ]
+        work = speak_all(serving, items, num_together=synthesizer.admission.num_slots)
+        results = await unless_client_leaves(raw.receive, work)
+        succeeded = sum(isinstance(result, Spoken) for result in results)
+        return {
+            "results": [_as_json(index, result) for index, result in enumerate(results)],
+            "total": len(results),
+            "succeeded": succeeded,
+            "failed": len(results) - succeeded,
+        }
+
+
+def _as_json(index: int, result: Spoken | Failure) -> dict[str, Any]:
+    if isinstance(result, Spoken):
+        return {"index": index, "status": "success", **result.as_json()}
+    return {"index": index, "status": "error", "error": result.body["error"]}
