@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
 import signal
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import wave
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,6 +96,15 @@ class RealServer:
         assert reply.status_code == 200, reply.text
         return reply.content
 
+    def chat(self, *messages: dict[str, Any], **fields: Any) -> dict[str, Any]:
+        """The audio of a chat's answer, in the fields of ``pcm``."""
+        options = {"seed": 42, "max_tokens": 60, "audio": {"format": "pcm16"}, **fields}
+        body = {"messages": messages, **options}
+        reply = self.client.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 200, reply.text
+        audio: dict[str, Any] = reply.json()["choices"][0]["message"]["audio"]
+        return audio
+
     def close(self) -> None:
         self.client.close()
         for process in [*self.engine_processes(), self.process] if self._is_alive() else []:
@@ -104,6 +116,16 @@ class RealServer:
 
     def _is_alive(self) -> bool:
         return self.process.poll() is None
+
+
+def wav_of(pcm: bytes) -> bytes:
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(24_000)
+        out.writeframes(pcm)
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +182,37 @@ def test_usage_of_a_complete_file(server: RealServer) -> None:
     assert int(reply.headers["x-usage-completion-tokens"]) <= 60
     assert reply.headers["x-seed"] == "42"
     assert float(reply.headers["x-realtime-factor"]) > 0
+
+
+def test_a_chat_speaks_as_the_speech_route_does(server: RealServer) -> None:
+    question = {"role": "user", "content": REQUEST["input"]}
+    audio = server.chat(question)
+    assert base64.b64decode(audio["data"]) == server.pcm()
+    clip = base64.b64encode(wav_of(server.pcm(seed=2))).decode()
+    part = {"type": "input_audio", "input_audio": {"data": clip, "format": "wav"}}
+    reference = [{"role": "user", "content": "Good day."}, {"role": "assistant", "content": [part]}]
+    cloned = base64.b64decode(server.chat(*reference, question)["data"])
+    assert cloned == server.pcm(ref_audio=clip, ref_text="Good day.")
+    follow_up = server.chat(question, {"role": "assistant", "audio": audio}, question)
+    assert base64.b64decode(follow_up["data"]) not in (cloned, server.pcm())
+
+
+def test_the_engine_never_sees_what_only_text_can_honour(server: RealServer) -> None:
+    question = {"role": "user", "content": REQUEST["input"]}
+    before = server.chat(question)["data"]
+    for name, value in {
+        "min_p": 0.1,
+        "presence_penalty": 1.0,
+        "logit_bias": {"5": 100},
+        "logprobs": True,
+        "min_tokens": 9,
+        "bad_words": ["test"],
+        "allowed_token_ids": [1],
+    }.items():
+        body = {"messages": [question], name: value}
+        reply = server.client.post("/v1/chat/completions", json=body)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, name)
+    assert server.chat(question)["data"] == before
 
 
 def test_voices_and_aliases(server: RealServer) -> None:

@@ -238,7 +238,7 @@ class _Answer:
             audio = {
                 "id": self.audio_id,
                 "data": base64.b64encode(data).decode("ascii"),
-                "expires_at": self._expires_at(ending),
+                "expires_at": self._expires_at(),
                 "transcript": self.text,
             }
         message = {"role": "assistant", "content": None, "refusal": None, "audio": audio}
@@ -285,12 +285,10 @@ class _Answer:
         if rest:
             yield {"audio": {"data": base64.b64encode(rest).decode("ascii")}}
         if has_audio:
-            yield {"audio": {"expires_at": self._expires_at(self.reply.ending())}}
+            yield {"audio": {"expires_at": self._expires_at()}}
 
-    def _expires_at(self, ending: Ending) -> int:
-        """Until when later requests may name this reply; now, if it is cut and so no reference."""
-        if ending.reason is not FinishReason.STOP:
-            return int(time.time())
+    def _expires_at(self) -> int:
+        """Until when later requests may name this reply, in seconds of the epoch."""
         return self.recent.keep(self.audio_id, self.recording.turn(self.text), self.owner)
 
     def _chunk(self, choices: list[dict[str, Any]], more: Mapping[str, Any]) -> bytes:
