@@ -8,6 +8,10 @@ Errors are raised where the fact is known and turned into replies once, at the e
     │   ├── UnknownVoiceError      400
     │   └── PromptTooLongError     400
     ├── ModelNotFoundError         404  the request names a model that is not served
+    ├── VoiceNotFoundError         404  there is no such uploaded voice to delete
+    ├── VoiceForbiddenError        403  voices that ship with the server cannot be changed
+    ├── VoiceConflictError         409  a voice of that id exists, or there is no room for one
+    ├── VoiceStoreError            500  the folder of uploaded voices cannot be used
     ├── OverloadedError            503  try again later
     ├── RequestAbortedError        499  the caller gave up
     ├── EngineDeadError            503  the engine process is gone
@@ -30,6 +34,10 @@ __all__ = [
     "PromptTooLongError",
     "RequestAbortedError",
     "UnknownVoiceError",
+    "VoiceConflictError",
+    "VoiceForbiddenError",
+    "VoiceNotFoundError",
+    "VoiceStoreError",
 ]
 
 
@@ -72,6 +80,33 @@ class ModelNotFoundError(HiggsAudioError, LookupError):
 
     http_status = 404
     code = "model_not_found"
+
+
+class VoiceNotFoundError(HiggsAudioError, LookupError):
+    """There is no uploaded voice of that id."""
+
+    http_status = 404
+    code = "voice_not_found"
+
+
+class VoiceForbiddenError(HiggsAudioError):
+    """The voice ships with the server, or the server takes no uploads."""
+
+    http_status = 403
+    code = "voice_not_changeable"
+
+
+class VoiceConflictError(HiggsAudioError):
+    """A voice of that id exists, or there is no room for one more."""
+
+    http_status = 409
+    code = "voice_conflict"
+
+
+class VoiceStoreError(HiggsAudioError):
+    """The folder of uploaded voices cannot be read or written."""
+
+    code = "voice_store_error"
 
 
 class OverloadedError(HiggsAudioError):

@@ -45,6 +45,9 @@ class FakeVoices:
             raise UnknownVoiceError(f"voice {voice!r} is unknown; there are {known}", param="voice")
         return self._voices[name]
 
+    def is_preset(self, name: str) -> bool:
+        return name in self._voices or name in self._aliases
+
     def list(self) -> list[dict[str, Any]]:
         return [
             {"id": v.voice_id, "voice_id": v.voice_id, "name": v.name, "default": v.is_default}
@@ -216,7 +219,9 @@ class LiveServer:
 @contextlib.contextmanager
 def serve(engine: FakeEngine, *flags: str, wait_ready: bool = True) -> Iterator[LiveServer]:
     """A server on a free port of 127.0.0.1, in a thread of its own."""
-    args = parse_serve_args(["--served-model-name", "tts-test", "tts-1", *flags])
+    args = parse_serve_args(
+        ["--served-model-name", "tts-test", "tts-1", "--voice-store", "none", *flags]
+    )
     fatal = threading.Event()
     host = EngineHost(lambda: engine, on_fatal=fatal.set)
     app = build_app(args, host)

@@ -10,11 +10,19 @@ from typing import Any, get_type_hints
 import pytest
 from fastapi.routing import APIRoute
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel
 
 from vllm.audio import FORMATS
 from vllm.config import EngineConfig
+from vllm.entrypoints.bosonai.admission import QUEUE_HEADERS
 from vllm.entrypoints.bosonai.api_server import build_app
 from vllm.entrypoints.bosonai.engine_host import EngineHost
+from vllm.entrypoints.bosonai.proxy_routes import PROXY_HEADERS, GenerateRequest
+from vllm.entrypoints.bosonai.serving_voices import (
+    AddPromptRequest,
+    RemovePromptRequest,
+    VoiceUpload,
+)
 from vllm.entrypoints.bosonai.speech_reply import END_HEADERS, START_HEADERS
 from vllm.entrypoints.cli_args import IGNORED_FLAGS, REFUSED_FLAGS, ServerConfig, parse_serve_args
 from vllm.entrypoints.openai import AudioSpeechRequest
@@ -44,12 +52,23 @@ def test_fields(code_spans: set[str]) -> None:
     assert set(ChatCompletionRequest.model_fields) <= code_spans
 
 
+@pytest.mark.parametrize("body", [VoiceUpload, AddPromptRequest, RemovePromptRequest])
+def test_fields_of_voices(repo_root: Path, body: type[BaseModel]) -> None:
+    text = (repo_root / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert all(re.search(rf"\b{name}\b", text) for name in body.model_fields)
+
+
+def test_fields_of_the_proxy(code_spans: set[str]) -> None:
+    assert set(GenerateRequest.model_fields) <= code_spans
+
+
 def test_formats(code_spans: set[str]) -> None:
     assert {item for fmt in FORMATS.values() for item in (fmt.name, fmt.media_type)} <= code_spans
 
 
 def test_headers(code_spans: set[str]) -> None:
-    assert {*START_HEADERS, *END_HEADERS, "X-Request-Id", "Retry-After"} <= code_spans
+    named = {*START_HEADERS, *END_HEADERS, *QUEUE_HEADERS, *PROXY_HEADERS}
+    assert {*named, "X-Request-Id", "X-Request-Timeout", "Retry-After"} <= code_spans
 
 
 def test_finish_reasons(code_spans: set[str]) -> None:
@@ -70,7 +89,7 @@ def test_no_flag_is_invented(code_spans: set[str]) -> None:
     assert named <= known
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 405, 413, 415, 500, 503])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 409, 413, 415, 422, 499, 500, 503])
 def test_statuses(repo_root: Path, status: int) -> None:
     assert f"\n| {status} | " in (repo_root / "docs" / "serving.md").read_text(encoding="utf-8")
 

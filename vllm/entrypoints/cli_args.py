@@ -127,6 +127,7 @@ class ServerConfig:
             "request_timeout",
             "shutdown_timeout",
             "max_concurrent_connections",
+            "max_stored_voices",
             "max_input_chars",
             "max_body_mib",
         ):

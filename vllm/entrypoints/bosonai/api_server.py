@@ -60,6 +60,7 @@ __all__ = ["build_app", "create_engine", "main", "run_server"]
 
 logger = get_logger("vllm.server")  # the module is __main__ when it is run
 
+_ENDING_S = 1.0  # of the grace after a signal, for replies to say that they are cut
 _DEATH_NOTICE_S = 1.0  # /health answers 503 this long before the process ends
 _KEEP_ALIVE_S = 5
 _CLIP_THREADS = 2
@@ -263,7 +264,7 @@ def run_server(args: ServeArgs) -> int:
     except ConfigError as error:
         logger.error("%s", error)
         return 2
-    server = uvicorn.Server(_uvicorn_config(app, args))
+    server = _Server(_uvicorn_config(app, args), host, grace_s=args.server.shutdown_timeout)
     signal.signal(signal.SIGTERM, _exit_quietly)
     try:
         server.run(sockets=[listener])
@@ -272,6 +273,27 @@ def run_server(args: ServeArgs) -> int:
     except SystemExit as ending:
         return exit_status or int(ending.code or 0)
     return exit_status
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, ending open requests in good order when they outlast the grace after a signal."""
+
+    def __init__(self, config: uvicorn.Config, host: EngineHost, *, grace_s: float) -> None:
+        super().__init__(config)
+        self._host = host
+        self._patience_s = max(0.0, grace_s - _ENDING_S)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_open_requests())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+            await asyncio.gather(ending, return_exceptions=True)
+
+    async def _end_open_requests(self) -> None:
+        await asyncio.sleep(self._patience_s)
+        await self._host.close()
 
 
 def _exit_quietly(_signal: int, _frame: FrameType | None) -> None:

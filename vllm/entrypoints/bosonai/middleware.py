@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -32,6 +32,7 @@ logger = get_logger(__name__)
 _T = TypeVar("_T")
 _UNSAFE = re.compile(r"[^\x21-\x7e]")
 _MAX_ID_LENGTH = 128
+_JSON, _FORM = "application/json", "multipart/form-data"
 
 
 def _path_of(scope: Scope) -> str:
@@ -137,21 +138,31 @@ class ApiKeyMiddleware:
 
 
 class BodyRulesMiddleware:
-    """Lets through only JSON bodies (415 otherwise) of bounded size (413 otherwise)."""
+    """Lets through only JSON bodies (415 otherwise) of bounded size (413 otherwise).
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    Args:
+        app: takes what is let through.
+        max_bytes: size of the largest body.
+        multipart_paths: where forms are let through too.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, multipart_paths: Collection[str] = frozenset()
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._multipart_paths = multipart_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        if not _is_json(headers.get("content-type", "")):
-            response = error_response(
-                415, "Unsupported Media Type: Only 'application/json' is allowed"
-            )
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        takes_forms = _path_of(scope) in self._multipart_paths
+        if kind != _JSON and not (takes_forms and kind == _FORM):
+            allowed = f"'{_JSON}' and '{_FORM}' are" if takes_forms else f"'{_JSON}' is"
+            response = error_response(415, f"Unsupported Media Type: Only {allowed} allowed")
             await response(scope, receive, send)
             return
         length = headers.get("content-length", "")
@@ -176,10 +187,6 @@ class BodyRulesMiddleware:
     def _too_large(self) -> HTTPException:
         limit_mib = self._max_bytes / 2**20
         return HTTPException(413, f"the body is larger than {limit_mib:g} MiB (--max-body-mib)")
-
-
-def _is_json(content_type: str) -> bool:
-    return content_type.partition(";")[0].strip().lower() == "application/json"
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:

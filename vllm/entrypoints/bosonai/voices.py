@@ -1,4 +1,4 @@
-"""The voices of a presets folder: reading, checking, naming, and noticing changed files.
+"""The voices of a presets folder and of a store of uploads: reading, checking, naming.
 
 Clips become samples at the codec's rate, or codes that the folder ships. Knows neither HTTP nor
 how the engine encodes a clip.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm.audio import decode_clip, pad_to_multiple, read_wav, resample
+from vllm.entrypoints.bosonai.voice_store import StoredVoice, VoiceStore
 from vllm.exceptions import ConfigError, InvalidRequestError, UnknownVoiceError
 from vllm.logger import get_logger
 from vllm.prompts import PromptClip, Voice
@@ -55,6 +57,9 @@ _KEY_TYPES: dict[str, type] = {
     "default": bool,
 }
 
+_MAX_SHOWN_NAMES = 32
+_MAX_OPEN_UPLOADS = 32  # whose clips stay in memory; half a minute is 3 MB
+
 _Stamp = tuple[tuple[str, int, int], ...]  # (path, mtime in ns, size) of every file
 
 
@@ -68,10 +73,11 @@ class _Snapshot:
 
 
 class VoiceLibrary:
-    """Voices of one presets folder, reread when its files change.
+    """Voices of one presets folder, reread when its files change, and of a store of uploads.
 
-    Files are looked at when a voice is asked for, at most every ``refresh_interval_s``; a folder
-    that has become invalid keeps the voices it had and is logged once.
+    Preset files are looked at when a voice is asked for, at most every ``refresh_interval_s``; a
+    folder that has become invalid keeps the voices it had and is logged once. The store is asked
+    each time. A preset goes before an upload of the same id.
 
     Args:
         folder: holds ``config.json`` and the clips; None is the shipped one.
@@ -79,6 +85,7 @@ class VoiceLibrary:
         hop_length: samples per codec frame; clips are padded to a multiple of it.
         codec_fingerprint: hash of the codec; key of shipped codes.
         num_codebooks: rows of shipped codes.
+        store: of uploaded voices; None offers presets alone.
         can_encode: False if the codec cannot encode, so that voices need shipped codes.
         default_voice: id or alias; None is the entry with ``"default": true``, else the first.
         refresh_interval_s: least seconds between two looks at the files.
@@ -97,6 +104,7 @@ class VoiceLibrary:
         codec_fingerprint: str,
         num_codebooks: int,
         can_encode: bool,
+        store: VoiceStore | None = None,
         default_voice: str | None = None,
         refresh_interval_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
@@ -107,6 +115,8 @@ class VoiceLibrary:
         self._codec_fingerprint = codec_fingerprint
         self._num_codebooks = num_codebooks
         self._can_encode = can_encode
+        self._store = store
+        self._uploads: OrderedDict[str, tuple[StoredVoice, Voice]] = OrderedDict()
         self._default_voice = default_voice
         self._refresh_interval_s = refresh_interval_s
         self._clock = clock
@@ -121,6 +131,7 @@ class VoiceLibrary:
         info: EngineInfo,
         *,
         folder: Path | None = None,
+        store: VoiceStore | None = None,
         default_voice: str | None = None,
         refresh_interval_s: float = 10.0,
     ) -> VoiceLibrary:
@@ -132,6 +143,7 @@ class VoiceLibrary:
             codec_fingerprint=info.codec_fingerprint,
             num_codebooks=info.num_codebooks,
             can_encode=info.can_encode,
+            store=store,
             default_voice=default_voice,
             refresh_interval_s=refresh_interval_s,
         )
@@ -143,8 +155,13 @@ class VoiceLibrary:
 
     @property
     def names(self) -> list[str]:
-        """Ids of all voices, without aliases."""
-        return list(self._current().voices)
+        """Ids of all voices, without aliases; presets first."""
+        presets = self._current().voices
+        return [*presets, *(voice.voice_id for voice in self._stored_beside(presets))]
+
+    def is_preset(self, name: str) -> bool:
+        """Whether ``name`` is the id of a preset, or an alias, so that no upload may have it."""
+        return name in OPENAI_VOICE_ALIASES or name in self._current().voices
 
     def resolve(self, voice: str | Mapping[str, Any] | None = None) -> Voice:
         """Voice of an id, an alias or ``{"id": ...}``; None is the default voice.
@@ -157,36 +174,63 @@ class VoiceLibrary:
         name = _requested_name(voice)
         default_id = snapshot.default_id
         found = default_id if name is None else _find(name, snapshot.voices, fallback=default_id)
-        if found is None:
+        resolved = snapshot.voices[found] if found is not None else self._uploaded(name or "")
+        if resolved is None:
             raise UnknownVoiceError(
-                f"voice {name!r} is unknown; available are {', '.join(snapshot.voices)}",
+                f"voice {name!r} is unknown; available are {_shortened(self.names)}",
                 param="voice",
             )
-        resolved = snapshot.voices[found]
         needs_encoding = resolved.clip is not None and resolved.clip.samples is not None
         if needs_encoding and not self._can_encode:
             raise InvalidRequestError(
-                f"voice {found!r} cannot be used: the served codec cannot encode clips, and the "
-                f"voice ships no codes for it (codec {self._codec_fingerprint})",
+                f"voice {resolved.voice_id!r} cannot be used: the served codec cannot encode "
+                f"clips, and the voice ships no codes for it (codec {self._codec_fingerprint})",
                 param="voice",
             )
         return resolved
 
     def list(self) -> list[dict[str, Any]]:
-        """One entry per voice, as ``GET /v1/audio/voices`` shows it."""
+        """One entry per voice, as ``GET /v1/audio/voices`` shows it; presets first."""
+        presets = self._current().voices
+        uploads = [_without_clip(stored) for stored in self._stored_beside(presets)]
         return [
-            {
-                "id": voice.voice_id,
-                "voice_id": voice.voice_id,
-                "name": voice.name,
-                "description": voice.description,
-                "language": voice.language,
-                "labels": voice.labels,
-                "default": voice.is_default,
-                "duration": round(voice.duration_s, 3),
-            }
-            for voice in self._current().voices.values()
+            *(_list_entry(voice, is_upload=False) for voice in presets.values()),
+            *(_list_entry(voice, is_upload=True) for voice in uploads),
         ]
+
+    def _stored_beside(self, presets: Mapping[str, Voice]) -> Sequence[StoredVoice]:
+        stored = self._store.voices() if self._store is not None else []
+        return [voice for voice in stored if voice.voice_id not in presets]
+
+    def _uploaded(self, voice_id: str) -> Voice | None:
+        """An uploaded voice with its clip, which is read once per version of the voice."""
+        stored = self._store.get(voice_id) if self._store is not None else None
+        if stored is None:
+            return None
+        with self._lock:
+            known = self._uploads.get(voice_id)
+            if known is not None and known[0] == stored:
+                self._uploads.move_to_end(voice_id)
+                return known[1]
+        voice = self._read_upload(stored)
+        if voice is not None:
+            with self._lock:
+                self._uploads[voice_id] = (stored, voice)
+                self._uploads.move_to_end(voice_id)
+                if len(self._uploads) > _MAX_OPEN_UPLOADS:
+                    self._uploads.popitem(last=False)
+        return voice
+
+    def _read_upload(self, stored: StoredVoice) -> Voice | None:
+        assert self._store is not None, "stored voices come from a store"
+        voice = _without_clip(stored)
+        if stored.kind == "prompt":
+            return voice
+        clip = self._store.read_clip(stored)
+        if clip is None:
+            return None
+        samples, rate = clip
+        return replace(voice, clip=self._clip_of(resample(samples, rate, self._sample_rate)))
 
     def _current(self) -> _Snapshot:
         """The voices as the files have them now, or had them at the last look."""
@@ -295,6 +339,40 @@ class VoiceLibrary:
     def _clip_of(self, samples: NDArray[np.float32]) -> PromptClip:
         padded = pad_to_multiple(samples, self._hop_length)
         return PromptClip(num_frames=len(padded) // self._hop_length, samples=padded)
+
+
+def _list_entry(voice: Voice, *, is_upload: bool) -> dict[str, Any]:
+    return {
+        "id": voice.voice_id,
+        "voice_id": voice.voice_id,
+        "name": voice.name,
+        "description": voice.description,
+        "language": voice.language,
+        "labels": voice.labels,
+        "default": voice.is_default,
+        "duration": round(voice.duration_s, 3),
+        "uploaded": is_upload,
+    }
+
+
+def _without_clip(stored: StoredVoice) -> Voice:
+    return Voice(
+        voice_id=stored.voice_id,
+        name=stored.name,
+        language=stored.language,
+        description=stored.description,
+        transcript=stored.transcript,
+        scene=stored.scene,
+        duration_s=stored.duration_s,
+        labels={"language": stored.language},
+    )
+
+
+def _shortened(names: Sequence[str]) -> str:
+    """Names for a message, which a thousand uploads would make unreadable."""
+    shown = ", ".join(names[:_MAX_SHOWN_NAMES])
+    rest = len(names) - _MAX_SHOWN_NAMES
+    return f"{shown} and {rest} more (GET /v1/audio/voices)" if rest > 0 else shown
 
 
 def _requested_name(voice: str | Mapping[str, Any] | None) -> str | None:

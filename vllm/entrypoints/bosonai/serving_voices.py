@@ -1,0 +1,401 @@
+"""Voices over HTTP: upload by form or JSON, deletion, and the older routes for the same things.
+
+Decides what an upload must hold and which names it may take. Where voices are kept is in
+``voice_store``, what the list shows in ``voices``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
+
+from vllm import envs
+from vllm.audio import decode_clip, parse_data_url
+from vllm.entrypoints.bosonai.engine_host import EngineClient, EngineHost
+from vllm.entrypoints.bosonai.voice_store import StoredVoice, VoiceStore, id_of_name, new_id
+from vllm.entrypoints.cli_args import NO_STORE
+from vllm.entrypoints.openai.errors import ERROR_REPLIES
+from vllm.entrypoints.openai.protocol import Text
+from vllm.exceptions import (
+    HiggsAudioError,
+    InvalidRequestError,
+    VoiceConflictError,
+    VoiceForbiddenError,
+)
+from vllm.logger import get_logger
+from vllm.prompts import SpeechPrompt
+from vllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from vllm.entrypoints.cli_args import ServerConfig
+
+__all__ = [
+    "MULTIPART_PATHS",
+    "AddPromptRequest",
+    "RemovePromptRequest",
+    "VoiceUpload",
+    "add_voice_routes",
+    "open_store",
+]
+
+logger = get_logger(__name__)
+
+MULTIPART_PATHS = frozenset({"/v1/audio/voices", "/voices"})
+
+_MAX_SAMPLE_BYTES = 10 * 2**20
+_MIN_SECONDS, _MAX_SECONDS = 0.5, 30.0
+_MAX_FORM_FIELDS = 32
+_TRANSCRIPT_SPELLINGS = ("transcript", "ref_text", "reference_text")
+
+
+class VoiceUpload(BaseModel):
+    """Body of ``POST /v1/audio/voices``; in a form, ``audio_sample`` is a file."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    name: Text = Field(description="becomes the id, without blanks and accents")
+    type: Literal["audio_sample", "prompt"] = "audio_sample"
+    audio_sample: str | bytes | None = Field(
+        None, description="clip to clone, up to 10 MiB and 30 s; base64 or a data URL in JSON"
+    )
+    transcript: Text | None = Field(None, max_length=2000, description="of audio_sample")
+    ref_text: Text | None = Field(None, max_length=2000)
+    reference_text: Text | None = Field(None, max_length=2000)
+    prompt: Text | None = Field(
+        None, max_length=2000, description="for type prompt: what the voice sounds like"
+    )
+    consent: Text | None = Field(
+        None, max_length=2000, description="the speaker's consent; kept with the voice"
+    )
+    language: str = Field("en", pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$", max_length=35)
+    description: Text = Field("", max_length=500)
+
+    @property
+    def words(self) -> str:
+        """The transcript, however it was spelt; empty without one."""
+        given = [getattr(self, name) for name in _TRANSCRIPT_SPELLINGS]
+        return next((text.strip() for text in given if text and text.strip()), "")
+
+
+class AddPromptRequest(BaseModel):
+    """Body of ``POST /add_prompt``."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    wav_base64: str
+    wav_format: str | None = Field(None, description="not needed: the file says what it is")
+    prompt_text: Annotated[Text, Field(min_length=1, max_length=2000)]
+
+
+class RemovePromptRequest(BaseModel):
+    """Body of ``POST /remove_prompt``."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    prompt_id: str = Field(min_length=1, max_length=64)
+
+
+_UPLOAD_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": {
+                        **{key: {"type": "string"} for key in VoiceUpload.model_fields},
+                        "type": {"type": "string", "enum": ["audio_sample", "prompt"]},
+                    },
+                }
+            },
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": {
+                        **{key: {"type": "string"} for key in VoiceUpload.model_fields},
+                        "audio_sample": {"type": "string", "format": "binary"},
+                    },
+                }
+            },
+        },
+    }
+}
+
+
+class _VoiceKeeper:
+    """Checks uploads, keeps them, and has the engine encode them."""
+
+    def __init__(
+        self, host: EngineHost, store: VoiceStore | None, pool: ThreadPoolExecutor
+    ) -> None:
+        self._host = host
+        self._store = store
+        self._pool = pool
+        self._warming: set[asyncio.Task[None]] = set()
+
+    async def create(self, upload: VoiceUpload) -> StoredVoice:
+        """Keep a new voice under an id made from its name."""
+        voice_id = id_of_name(upload.name)
+        engine = self._host.ready_engine()
+        assert engine.voices is not None, "a ready engine has its voices"
+        if await asyncio.to_thread(engine.voices.is_preset, voice_id):
+            raise VoiceConflictError(
+                f"the name {voice_id!r} belongs to a voice of this server; take another one"
+            )
+        if upload.type == "prompt":
+            return await self._create_prompt(upload, voice_id)
+        if upload.audio_sample is None:
+            raise InvalidRequestError(
+                "audio_sample is missing; send a clip, or type=prompt with a prompt",
+                param="audio_sample",
+            )
+        if not upload.words:
+            raise InvalidRequestError(
+                "transcript is missing: a clip is cloned together with the words it says; "
+                "send them as transcript or ref_text",
+                param="transcript",
+            )
+        return await self.keep_clip(
+            upload.audio_sample, "audio_sample", voice_id=voice_id, upload=upload
+        )
+
+    async def _create_prompt(self, upload: VoiceUpload, voice_id: str) -> StoredVoice:
+        if not (upload.prompt or "").strip():
+            raise InvalidRequestError(
+                "prompt is missing; say what the voice sounds like", param="prompt"
+            )
+        voice = _record(upload, voice_id, scene=upload.prompt)
+        await asyncio.to_thread(self._writable().add, voice, None, 0)
+        return voice
+
+    async def keep_clip(
+        self, clip: str | bytes, param: str, *, voice_id: str, upload: VoiceUpload
+    ) -> StoredVoice:
+        """Decode a clip and keep it as a voice; ``param`` is the field that held it."""
+        engine = self._host.ready_engine()
+        info = engine.info
+        assert info is not None, "a ready engine has its info"
+        if not info.can_encode:
+            raise InvalidRequestError(
+                f"{param} is not possible with this model: its codec cannot encode", param=param
+            )
+        rate, store = info.sample_rate, self._writable()
+
+        def keep() -> StoredVoice:
+            samples = _decode(clip, param, rate)
+            voice = _record(
+                upload, voice_id, transcript=upload.words, duration_s=len(samples) / rate
+            )
+            store.add(voice, samples, rate)
+            return voice
+
+        voice = await asyncio.get_running_loop().run_in_executor(self._pool, keep)
+        self._warm(engine, voice_id)
+        return voice
+
+    async def delete(self, voice_id: str) -> None:
+        """Remove an upload; shipped voices stay."""
+        engine = self._host.ready_engine()
+        assert engine.voices is not None, "a ready engine has its voices"
+        if await asyncio.to_thread(engine.voices.is_preset, voice_id):
+            raise VoiceForbiddenError(
+                f"voice {voice_id!r} belongs to this server and cannot be deleted"
+            )
+        await asyncio.to_thread(self._writable().delete, voice_id)
+
+    def _writable(self) -> VoiceStore:
+        if self._store is None:
+            raise VoiceForbiddenError("this server keeps no uploaded voices (--voice-store none)")
+        return self._store
+
+    def _warm(self, engine: EngineClient, voice_id: str) -> None:
+        """Encode the clip and prefill its prompt now, so that the first request need not wait."""
+        task = asyncio.create_task(_speak_once(engine, voice_id))
+        self._warming.add(task)
+        task.add_done_callback(self._warming.discard)
+
+
+async def _speak_once(engine: EngineClient, voice_id: str) -> None:
+    prompt = SpeechPrompt(text="a", voice=voice_id)
+    try:
+        source = engine.generate(
+            prompt, SamplingParams(max_tokens=1), f"warm-{voice_id}-{new_id()[:8]}"
+        )
+        async with aclosing(source):
+            async for _ in source:
+                pass
+    except HiggsAudioError as error:
+        logger.info("voice %s could not be prepared: %s", voice_id, error)
+
+
+def open_store(config: ServerConfig) -> VoiceStore | None:
+    """The store that the flags name; None if the server keeps no uploads."""
+    if config.voice_store == NO_STORE:
+        return None
+    folder = config.voice_store
+    return VoiceStore(
+        Path(folder).expanduser() if folder else envs.VLLM_CACHE_ROOT / "voices",
+        max_voices=config.max_stored_voices,
+    )
+
+
+def add_voice_routes(
+    app: FastAPI, host: EngineHost, store: VoiceStore | None, pool: ThreadPoolExecutor
+) -> None:
+    """Add the routes that list and change voices.
+
+    Args:
+        app: to add to.
+        host: of the engine whose voices are listed.
+        store: where uploads go; None refuses them.
+        pool: threads that decode clips.
+    """
+    keeper = _VoiceKeeper(host, store, pool)
+    _add_openai_routes(app, host, keeper)
+    _add_older_routes(app, host, keeper)
+
+
+def _add_openai_routes(app: FastAPI, host: EngineHost, keeper: _VoiceKeeper) -> None:
+    @app.get("/v1/audio/voices", responses=ERROR_REPLIES)
+    async def list_voices() -> dict[str, Any]:
+        """Presets first, then uploads."""
+        return {"object": "list", "voices": await _voices(host)}
+
+    @app.post("/v1/audio/voices", responses=ERROR_REPLIES, openapi_extra=_UPLOAD_BODY)
+    async def create_voice(raw: Request) -> dict[str, Any]:
+        """Keep a clip or a description as a voice."""
+        return _voice_object(await keeper.create(await _read_upload(raw)))
+
+    @app.delete("/v1/audio/voices/{voice_id}", responses=ERROR_REPLIES)
+    async def delete_voice(voice_id: str) -> dict[str, Any]:
+        """Remove an uploaded voice."""
+        await keeper.delete(voice_id)
+        return {"id": voice_id, "object": "audio.voice.deleted", "deleted": True}
+
+
+def _add_older_routes(app: FastAPI, host: EngineHost, keeper: _VoiceKeeper) -> None:
+    @app.get("/voices", responses=ERROR_REPLIES)
+    async def list_names() -> list[str]:
+        """Ids alone."""
+        return [voice["id"] for voice in await _voices(host)]
+
+    @app.post("/voices", responses=ERROR_REPLIES, openapi_extra=_UPLOAD_BODY)
+    async def create_voice_here(raw: Request) -> dict[str, Any]:
+        """The same as ``POST /v1/audio/voices``."""
+        return _voice_object(await keeper.create(await _read_upload(raw)))
+
+    @app.post("/add_prompt", responses=ERROR_REPLIES)
+    async def add_prompt(body: AddPromptRequest) -> dict[str, str]:
+        """Keep a clip as a voice without a name; its id may be sent as ``voice``."""
+        prompt_id = new_id()
+        upload = VoiceUpload.model_validate({"name": prompt_id, "transcript": body.prompt_text})
+        await keeper.keep_clip(body.wav_base64, "wav_base64", voice_id=prompt_id, upload=upload)
+        return {"prompt_id": prompt_id}
+
+    @app.post("/remove_prompt", responses=ERROR_REPLIES)
+    async def remove_prompt(body: RemovePromptRequest) -> dict[str, str]:
+        """Remove what ``/add_prompt`` kept."""
+        await keeper.delete(body.prompt_id)
+        return {"status": "ok"}
+
+
+async def _voices(host: EngineHost) -> list[dict[str, Any]]:
+    voices = host.ready_engine().voices
+    assert voices is not None, "a ready engine has its voices"
+    return await asyncio.to_thread(voices.list)
+
+
+async def _read_upload(raw: Request) -> VoiceUpload:
+    """The body, from a form or from JSON."""
+    kind = raw.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        fields = await _json_fields(raw)
+    else:
+        fields = await _form_fields(raw)
+    try:
+        return VoiceUpload.model_validate(fields)
+    except ValidationError as error:
+        problems = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
+        raise RequestValidationError(problems) from error
+
+
+async def _json_fields(raw: Request) -> Any:
+    try:
+        return await raw.json()
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
+
+
+async def _form_fields(raw: Request) -> Mapping[str, Any]:
+    """Text fields as text, the clip as bytes; a damaged form is a 400 of Starlette's."""
+    fields: dict[str, Any] = {}
+    async with raw.form(max_files=2, max_fields=_MAX_FORM_FIELDS) as form:
+        for name, value in form.items():
+            if isinstance(value, UploadFile):
+                fields[name] = await value.read(_MAX_SAMPLE_BYTES + 1)
+            elif value or name == "name":  # an empty field of a form is one left blank
+                fields[name] = value
+    return fields
+
+
+def _record(upload: VoiceUpload, voice_id: str, **more: Any) -> StoredVoice:
+    return StoredVoice(
+        voice_id=voice_id,
+        name=upload.name.strip(),
+        kind=upload.type,
+        created_at=int(time.time()),
+        version=new_id(),
+        language=upload.language,
+        description=upload.description,
+        consent=upload.consent,
+        **more,
+    )
+
+
+def _voice_object(voice: StoredVoice) -> dict[str, Any]:
+    return {
+        "id": voice.voice_id,
+        "object": "audio.voice",
+        "name": voice.name,
+        "created_at": voice.created_at,
+        "type": voice.kind,
+        "voice_id": voice.voice_id,
+        "language": voice.language,
+        "description": voice.description,
+        "duration": round(voice.duration_s, 3),
+    }
+
+
+def _decode(clip: str | bytes, param: str, sample_rate: int) -> NDArray[np.float32]:
+    """Samples [num_samples] of a clip of allowed size, length and format."""
+    data = parse_data_url(clip, param=param) if isinstance(clip, str) else clip
+    try:
+        samples = decode_clip(
+            data,
+            sample_rate=sample_rate,
+            max_seconds=_MAX_SECONDS,
+            max_bytes=_MAX_SAMPLE_BYTES,
+        )
+    except InvalidRequestError as error:
+        message = str(error).replace("ref_audio", param, 1)
+        raise InvalidRequestError(message, param=param) from error
+    if len(samples) < _MIN_SECONDS * sample_rate:
+        raise InvalidRequestError(
+            f"{param} lasts {len(samples) / sample_rate:.2f} s; at least {_MIN_SECONDS} s are needed",
+            param=param,
+        )
+    return samples
