@@ -64,10 +64,8 @@ async def run_load(
             assert load.concurrency is not None
             results = await _closed_loop(bodies, load.concurrency, speak_and_show)
         else:
-            gaps = random.Random(seed)
-            results = await _open_loop(
-                bodies, lambda: gaps.expovariate(load.rate or 0.0), load.concurrency, speak_and_show
-            )
+            rng = random.Random(seed)
+            results = await _open_loop(bodies, load.rate, load.concurrency, rng, speak_and_show)
         wall_s = time.perf_counter() - start
     return {"load": asdict(load) | {"name": load.name}, **summarize(results, wall_s)}
 
@@ -88,8 +86,9 @@ async def _closed_loop(bodies: Sequence[_Body], concurrency: int, speak: _Speak)
 
 async def _open_loop(
     bodies: Sequence[_Body],
-    next_gap_s: Callable[[], float],
+    rate: float,
     concurrency: int | None,
+    rng: random.Random,
     speak: _Speak,
 ) -> list[Result]:
     places = contextlib.nullcontext() if concurrency is None else asyncio.Semaphore(concurrency)
@@ -104,5 +103,5 @@ async def _open_loop(
         for body in bodies:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             tasks.append(group.create_task(speak_in_place(body)))
-            due += next_gap_s()
+            due += rng.expovariate(rate)
     return [task.result() for task in tasks]
