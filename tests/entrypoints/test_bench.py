@@ -52,6 +52,14 @@ def test_texts_voice_and_fields_reach_the_server(live: Any, tmp_path: Path) -> N
     assert {(params.max_tokens, params.temperature) for _, params, _ in seen} == {(40, 0.5)}
 
 
+def test_the_proxy_route(live: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--url", live.url, "--endpoint", "generate", "-n", "4", "-c", "2", "--warmup", "0"]
+    assert bench(*flags, "--max-tokens", "300") == 0
+    report = capsys.readouterr().out
+    assert "/generate (wav)" in report
+    assert "4 of 4" in report
+
+
 def test_json_and_picture(start_server: Any, tmp_path: Path) -> None:
     server = start_server(None, "--api-key", "secret")
     paths = {"--json": tmp_path / "sub" / "r.json", "--plot": tmp_path / "sub" / "r.png"}
