@@ -353,3 +353,20 @@ def test_pcm_equals_generate_and_the_reference_codec(
     ours = np.frombuffer(pcm, "<i2")
     assert ours.size == 52 * 960
     assert np.abs(ours - expected).max() <= 1
+
+
+def test_a_signal_ends_an_event_stream_with_an_error_event(
+    start_real: Callable[..., RealServer],
+) -> None:
+    server = start_real("--shutdown-timeout", "2").wait_ready()
+    body = {"input": "A long text. " * 100, "stream_format": "sse", "response_format": "pcm"}
+    events: list[str] = []
+    with server.client.stream("POST", "/v1/audio/speech", json=body) as reply:
+        for line in reply.iter_lines():
+            if line.startswith("event:"):
+                if not events:
+                    server.process.send_signal(signal.SIGTERM)
+                events.append(line)
+    assert events[0] == "event: speech.audio.delta"
+    assert events[-1] == "event: speech.audio.error"
+    assert server.wait_ended() == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import subprocess
@@ -80,6 +81,8 @@ class IpcClient:
         self._folder: str | None = None
         self._socket: Any = None
         self._died = asyncio.Event()
+        self._is_ready = False
+        self._is_ending = False  # by our will
         self._watcher: asyncio.Task[None] | None = None
 
     @property
@@ -117,6 +120,7 @@ class IpcClient:
         outputs = await self.get_outputs()
         if outputs.info is None:
             raise ConfigError(outputs.failure or "the engine sent no information about itself")
+        self._is_ready = True
         return outputs.info
 
     async def add_request(self, request: EngineCoreRequest) -> None:
@@ -153,10 +157,15 @@ class IpcClient:
         await self._died.wait()
 
     async def shutdown(self) -> None:
-        """End the process: asked first, killed if it does not go."""
+        """End the process: asked first, killed if it does not go. May be called again."""
+        self._is_ending = True
         if self._process is not None and self._process.poll() is None:
-            with contextlib.suppress(Exception):
-                await self._send(EngineCoreCommand(shutdown=True))
+            if self._is_ready:
+                with contextlib.suppress(EngineDeadError):
+                    await self._send(EngineCoreCommand(shutdown=True))
+            else:  # it reads no messages while it loads, but it notices a closed lifeline
+                assert self._process.stdin is not None
+                self._process.stdin.close()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._died.wait(), _EXIT_TIMEOUT_S)
             if self._process.poll() is None:
@@ -191,7 +200,8 @@ class IpcClient:
         if hasattr(os, "pidfd_open"):
             await _wait_for_exit(process.pid)
         status = await asyncio.to_thread(process.wait)
-        logger.log(20 if status == 0 else 40, "the engine process ended with status %d", status)
+        level = logging.INFO if self._is_ending else logging.ERROR
+        logger.log(level, "the engine process ended with status %d", status)
         self._died.set()
 
 
