@@ -124,8 +124,9 @@ class ServingChat:
         )
         if body.stream:
             chunks = answer.events(has_usage_chunk=body.wants_usage_chunk)
-            return StreamedReply(chunks, outputs, "text/event-stream", reply.headers())
-        return await unless_client_leaves(raw.receive, _complete(answer, outputs))
+            return StreamedReply(chunks, reply.outputs, "text/event-stream", reply.headers())
+        content = await unless_client_leaves(raw.receive, answer.completion())
+        return JSONResponse(content, headers={**reply.headers(), **end_headers(reply.ending())})
 
     async def _first(
         self, outputs: AsyncGenerator[SpeechOutput], recording: _Recording
@@ -231,7 +232,7 @@ class _Answer:
 
     async def completion(self) -> dict[str, Any]:
         """The whole answer as one object."""
-        data = b"".join([piece async for piece in self.reply.audio()])
+        data = await self.reply.data()
         ending = self.reply.ending()
         audio = None
         if self.recording.num_frames:
@@ -296,13 +297,6 @@ class _Answer:
 
     def _frame(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-
-async def _complete(answer: _Answer, outputs: AsyncGenerator[SpeechOutput]) -> Response:
-    reply = answer.reply
-    async with aclosing(outputs):
-        content = await answer.completion()
-    return JSONResponse(content, headers={**reply.headers(), **end_headers(reply.ending())})
 
 
 @contextmanager

@@ -304,13 +304,9 @@ def _read(messages: Sequence[ChatMessage]) -> Conversation:
     if len(references) > _MAX_REFERENCES:
         raise _refusal(f"messages hold {len(references)} clips; up to {_MAX_REFERENCES} are taken")
     system_text = "\n\n".join(message.text for message in system if message.text)
-    is_own_form = _OWN_SYSTEM_FORM.search(system_text) is not None
-    return Conversation(
-        text,
-        tuple(references),
-        system_prompt=system_text if is_own_form else None,
-        scene=system_text or None if not is_own_form else None,
-    )
+    if _OWN_SYSTEM_FORM.search(system_text):
+        return Conversation(text, tuple(references), system_prompt=system_text)
+    return Conversation(text, tuple(references), scene=system_text or None)
 
 
 def _read_turns(messages: Sequence[ChatMessage]) -> tuple[str, list[ReferenceTurn]]:
