@@ -6,6 +6,7 @@ made and encoded is in ``synthesis`` and ``speech_reply``.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import secrets
@@ -126,7 +127,9 @@ class ServingChat:
             chunks = answer.events(has_usage_chunk=body.wants_usage_chunk)
             return StreamedReply(chunks, reply.outputs, "text/event-stream", reply.headers())
         content = await unless_client_leaves(raw.receive, answer.completion())
-        return JSONResponse(content, headers={**reply.headers(), **end_headers(reply.ending())})
+        headers = {**reply.headers(), **end_headers(reply.ending())}
+        # A long answer is tens of megabytes of text, which must not hold up the streams of others.
+        return await asyncio.to_thread(JSONResponse, content, headers=headers)
 
     async def _first(
         self, outputs: AsyncGenerator[SpeechOutput], recording: _Recording
