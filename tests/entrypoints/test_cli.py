@@ -69,7 +69,7 @@ def test_an_unknown_command_lists_those_there_are(
     assert "command" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["serve", "say", "voices", "checkpoint"])
+@pytest.mark.parametrize("command", ["serve", "say", "run-batch", "voices", "checkpoint"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ending:
         main([command, "--help"])

@@ -19,6 +19,7 @@ __all__ = ["main"]
 _COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("vllm.entrypoints.cli.serve", "serve speech over HTTP"),
     "say": ("vllm.entrypoints.cli.say", "speak a text into a file, without a server"),
+    "run-batch": ("vllm.entrypoints.cli.run_batch", "speak the lines of a file into another"),
     "voices": ("vllm.entrypoints.cli.voices", "list the voices"),
     "bench": ("vllm.entrypoints.cli.bench", "measure a running speech server"),
     "checkpoint": ("vllm.entrypoints.cli.checkpoint", "make or inspect a checkpoint"),
