@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vllm.checkpoints.inspect import inspect_checkpoint
 from vllm.checkpoints.make_codec import make_codec
 from vllm.exceptions import ConfigError
 from vllm.model_executor.codecs import load_codec
@@ -56,3 +57,14 @@ def test_unknown_choices_are_refused(tmp_path, layout, size, message):
     with pytest.raises(ConfigError, match=message):
         make_codec(tmp_path / "x", layout=layout, size=size, seed=0)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("layout", ["boson", "transformers"])
+def test_inspect_reports_on_a_codec(tmp_path, layout):
+    make_codec(tmp_path, layout=layout, size="tiny", seed=0, decode_only=layout == "transformers")
+    report = inspect_checkpoint(tmp_path)
+    assert report.problems == ()
+    assert "8 codebooks x 1024 codes" in report.text()
+    assert ("decode_only" in report.text()) == (layout == "transformers")
+    (tmp_path / ("model.pth" if layout == "boson" else "model.safetensors")).unlink()
+    assert inspect_checkpoint(tmp_path).problems

@@ -1,6 +1,7 @@
-"""Says what a generation checkpoint holds and what is wrong with it, without loading it.
+"""Says what a checkpoint holds and what is wrong with it.
 
-Reads names and shapes; never judges the numbers in the tensors.
+Of a generation model it reads names and shapes only; a codec is small, so it is loaded. The numbers
+in the tensors are never judged.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from vllm.checkpoint_config import CheckpointLayout, HiggsAudioConfig
 from vllm.exceptions import CheckpointError
+from vllm.model_executor.codecs import is_codec, load_codec
 from vllm.model_executor.models.higgs_audio import (
     HiggsAudioModel,
     canonical_tensor_name,
@@ -45,10 +47,11 @@ class CheckpointReport:
     num_parameters: Mapping[str, int] = field(default_factory=dict)  # group -> parameters
     num_bytes: int = 0
     problems: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def text(self) -> str:
         """The report in lines for people."""
-        lines = [f"{self.folder}"]
+        lines = [f"{self.folder}", *(f"  {remark}" for remark in self.remarks)]
         if self.config is not None:
             lines += _config_lines(self.config)
         if self.key_layout is not None:
@@ -65,8 +68,10 @@ class CheckpointReport:
 
 
 def inspect_checkpoint(folder: Path) -> CheckpointReport:
-    """Report on a generation model's folder; problems are findings, not exceptions."""
+    """Report on the folder of a model or a codec; problems are findings, not exceptions."""
     try:
+        if is_codec(folder):
+            return _inspect_codec(folder)
         config = HiggsAudioConfig.from_folder(folder)
     except CheckpointError as error:
         return CheckpointReport(folder, problems=(str(error),))
@@ -88,6 +93,22 @@ def inspect_checkpoint(folder: Path) -> CheckpointReport:
     problems += [f"no {name}" for name in ("tokenizer.json",) if not (folder / name).is_file()]
     return CheckpointReport(
         folder, config, key_layout, _count_parameters(shapes), num_bytes, tuple(problems)
+    )
+
+
+def _inspect_codec(folder: Path) -> CheckpointReport:
+    codec = load_codec(folder, device="cpu")
+    parameters = list(codec.parameters())
+    return CheckpointReport(
+        folder,
+        num_parameters={"codec": sum(each.numel() for each in parameters)},
+        num_bytes=sum(each.nbytes for each in parameters),
+        remarks=(
+            f"codec             {codec.num_codebooks} codebooks x {codec.codebook_size} codes, "
+            f"{codec.sample_rate} Hz, {codec.frame_rate:g} frames a second",
+            f"encodes clips     {'yes' if codec.can_encode else 'no (decode_only)'}",
+            f"fingerprint       {codec.fingerprint}",
+        ),
     )
 
 

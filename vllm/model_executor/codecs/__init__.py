@@ -6,7 +6,7 @@ any of them.
 
 from vllm.model_executor.codecs.clip_cache import ClipCache
 from vllm.model_executor.codecs.interface import Codec
-from vllm.model_executor.codecs.registry import load_codec
+from vllm.model_executor.codecs.registry import is_codec, load_codec
 from vllm.model_executor.codecs.streaming import DEFAULT_RAMP, Window, WindowPlan
 
-__all__ = ["DEFAULT_RAMP", "ClipCache", "Codec", "Window", "WindowPlan", "load_codec"]
+__all__ = ["DEFAULT_RAMP", "ClipCache", "Codec", "Window", "WindowPlan", "is_codec", "load_codec"]

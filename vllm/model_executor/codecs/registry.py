@@ -18,12 +18,22 @@ from vllm.model_executor.weights import read_config
 if TYPE_CHECKING:
     from vllm.model_executor.codecs.interface import Codec
 
-__all__ = ["load_codec"]
+__all__ = ["is_codec", "load_codec"]
 
 # model_type -> (module, class)
 _CODECS: dict[str, tuple[str, str]] = {
     "higgs_audio_v2_tokenizer": ("vllm.model_executor.codecs.higgs", "HiggsCodec"),
 }
+
+
+def is_codec(folder: Path) -> bool:
+    """Whether the configuration in ``folder`` is that of a codec; CheckpointError without one."""
+    config = read_config(folder)
+    try:
+        _model_type(config, folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def load_codec(
