@@ -7,7 +7,6 @@ import io
 import json
 import time
 import wave
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import av

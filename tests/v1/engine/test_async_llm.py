@@ -14,7 +14,13 @@ import pytest
 
 from vllm import AsyncLLM, FinishReason, SamplingParams, SpeechPrompt
 from vllm.config import EngineConfig
-from vllm.exceptions import CheckpointError, ConfigError, EngineDeadError, InvalidRequestError
+from vllm.exceptions import (
+    CheckpointError,
+    ConfigError,
+    EngineDeadError,
+    InvalidRequestError,
+    RequestAbortedError,
+)
 from vllm.outputs import SpeechOutput
 from vllm.prompts import Voice
 
@@ -164,5 +170,18 @@ def test_an_engine_that_cannot_start_says_why(checkpoint: Path, tmp_path: Path) 
             await llm.start()
         assert llm.is_dead
         await llm.shutdown()
+
+    run(test)
+
+
+def test_an_abort_before_the_engine_hears_of_the_request(checkpoint: Path) -> None:
+    async def test() -> None:
+        async with started(checkpoint) as llm:
+            reader = asyncio.create_task(collect(llm, "early", SamplingParams(max_tokens=400)))
+            await asyncio.sleep(0)  # its text is being prepared on a thread
+            await llm.abort("early")
+            with pytest.raises(RequestAbortedError):
+                await reader
+            assert (await collect(llm, "early", SamplingParams(max_tokens=20)))[-1].finished
 
     run(test)

@@ -30,7 +30,16 @@ from vllm.entrypoints.openai.protocol import AudioSpeechRequest
 if TYPE_CHECKING:
     from vllm.entrypoints.cli_args import ServerConfig
 
-__all__ = ["BatchItem", "Failure", "Spoken", "add_batch_routes", "read_item", "speak", "speak_all"]
+__all__ = [
+    "BatchItem",
+    "Failure",
+    "SpeechBatchRequest",
+    "Spoken",
+    "add_batch_routes",
+    "read_item",
+    "speak",
+    "speak_all",
+]
 
 _MAX_ITEMS = 32
 
@@ -150,9 +159,7 @@ def add_batch_routes(
                 timeout_s=item.timeout_s,
             )
 
-        items = [
-            BatchItem(partial(read_item, fields), ticket) for fields in body.items
-        ]
+        items = [BatchItem(partial(read_item, fields), ticket) for fields in body.items]
         work = speak_all(serving, items, num_together=synthesizer.admission.num_slots)
         results = await unless_client_leaves(raw.receive, work)
         succeeded = sum(isinstance(result, Spoken) for result in results)
