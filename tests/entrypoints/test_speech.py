@@ -371,7 +371,7 @@ def test_file_urls_below_the_allowed_folder(start_server: Any, tmp_path: Any) ->
 
 
 def test_http_urls_where_they_are_allowed(start_server: Any) -> None:
-    server = start_server(None, "--allow-ref-audio-urls")
+    server = start_server(None, "--allow-ref-audio-urls", "--allow-private-ref-audio-urls")
     reply = speak(server, ref_audio=f"{server.url}/version", ref_text="W.")
     assert reply.status_code == 400  # fetched, and no audio
     assert "fetched" not in reply.json()["error"]["message"]

@@ -1,7 +1,7 @@
 """Command-line flags, made from the fields of the configurations, and what they are parsed into.
 
 Holds the HTTP server's own configuration and the tables of upstream flags that are accepted
-without effect or refused with advice. Starts nothing and looks at no file.
+without effect or refused with advice. Starts nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -24,6 +25,7 @@ from vllm.logger import get_logger
 __all__ = [
     "IGNORED_FLAGS",
     "NO_STORE",
+    "PARALLEL_SIZES",
     "REFUSED_FLAGS",
     "ServeArgs",
     "ServerConfig",
@@ -53,8 +55,9 @@ class ServerConfig:
         (), "one or more names for the model; the first is reported; default: --model"
     )
     api_key: tuple[str, ...] = _option(
-        (), "one or more keys that clients may send; default: VLLM_API_KEY"
+        (), "one or more keys that clients may send; default: VLLM_API_KEY, split at commas"
     )
+    api_key_file: str | None = _option(None, "file of further keys, one a line")
     voice_presets_dir: str | None = _option(
         None, "folder with config.json and clips; default: the shipped voices"
     )
@@ -83,6 +86,9 @@ class ServerConfig:
     max_body_mib: float = _option(32.0, "largest request body")
     encoder_threads: int = _option(2, "threads that encode and stretch audio")
     allow_ref_audio_urls: bool = _option(False, "fetch http(s) URLs given as ref_audio")
+    allow_private_ref_audio_urls: bool = _option(
+        False, "with --allow-ref-audio-urls: also from private and loopback addresses"
+    )
     allowed_local_media_path: str | None = _option(
         None, "folder below which file:// URLs given as ref_audio are read"
     )
@@ -109,6 +115,8 @@ class ServerConfig:
             raise ConfigError(f"--port {self.port}: 0 to 65535")
         if self.encoder_threads < 1:
             raise ConfigError(f"--encoder-threads {self.encoder_threads}: at least 1")
+        if any(not key.strip() for key in self.keys):
+            raise ConfigError("--api-key '': a key must not be empty")
         if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
             raise ConfigError("--ssl-keyfile and --ssl-certfile go together; one is missing")
         for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
@@ -134,12 +142,13 @@ class ServerConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_flag_name(name)} {getattr(self, name)}: 0 or more")
 
-    @property
+    @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Keys that open the API; none leaves it open to all."""
-        if self.api_key:
-            return self.api_key
-        return (envs.VLLM_API_KEY,) if envs.VLLM_API_KEY else ()
+        """Keys that open the API, read once; none leaves it open to all."""
+        given = (*self.api_key, *_keys_in(self.api_key_file))
+        if given:
+            return given
+        return tuple(key.strip() for key in (envs.VLLM_API_KEY or "").split(",") if key.strip())
 
     @property
     def max_body_bytes(self) -> int:
@@ -181,7 +190,7 @@ _NO_SPECULATION = "frames are generated one by one; nothing replaces it"
 _PRESETS = "clone with a preset voice (--voice-presets-dir) or with ref_audio in the request"
 
 # accepted with the value 1
-_PARALLEL_SIZES = (
+PARALLEL_SIZES = (
     ("--tensor-parallel-size", "-tp"),
     ("--pipeline-parallel-size", "-pp"),
     ("--data-parallel-size", "-dp"),
@@ -288,6 +297,20 @@ REFUSED_FLAGS: dict[str, str] = {
 }
 
 
+def _keys_in(file_name: str | None) -> tuple[str, ...]:
+    """Keys of a file; blank lines and those that begin with # are passed over."""
+    if file_name is None:
+        return ()
+    try:
+        lines = [line.strip() for line in Path(file_name).read_text("utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--api-key-file {file_name}: cannot be read: {error}") from error
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ConfigError(f"--api-key-file {file_name}: holds no key")
+    return keys
+
+
 def parse_serve_args(argv: Sequence[str] | None, *, prog: str | None = None) -> ServeArgs:
     """Parse the server's command line; a wrong flag ends the program with status 2."""
     parser = _make_parser(prog)
@@ -344,7 +367,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             flag, action=_Ignore, nargs=num_values, default=argparse.SUPPRESS, help="no effect"
         )
-    for names in _PARALLEL_SIZES:
+    for names in PARALLEL_SIZES:
         group.add_argument(
             *names,
             action=_OnlyOne,

@@ -20,6 +20,7 @@ from vllm.exceptions import HiggsAudioError, RequestAbortedError
 from vllm.logger import get_logger
 
 __all__ = [
+    "OPEN_PATHS",
     "ApiKeyMiddleware",
     "BodyRulesMiddleware",
     "LastResortMiddleware",
@@ -32,6 +33,11 @@ logger = get_logger(__name__)
 _T = TypeVar("_T")
 _UNSAFE = re.compile(r"[^\x21-\x7e]")
 _MAX_ID_LENGTH = 128
+
+#: Paths that managers, scrapers and people read without a key.
+OPEN_PATHS = frozenset(
+    {"/health", "/ping", "/version", "/metrics", "/docs", "/redoc", "/openapi.json"}
+)
 _JSON, _FORM = "application/json", "multipart/form-data"
 
 
@@ -109,7 +115,7 @@ def _log_broken_reply(error: Exception, request_id: str) -> None:
 
 
 class ApiKeyMiddleware:
-    """Asks for ``Authorization: Bearer KEY`` on every path below ``/v1``; OPTIONS is exempt."""
+    """Asks for ``Authorization: Bearer KEY`` on every path but ``OPEN_PATHS``; OPTIONS is exempt."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
@@ -128,7 +134,7 @@ class ApiKeyMiddleware:
 
     @staticmethod
     def _is_guarded(scope: Scope) -> bool:
-        return scope["method"] != "OPTIONS" and _path_of(scope).startswith("/v1")
+        return scope["method"] != "OPTIONS" and _path_of(scope) not in OPEN_PATHS
 
     def _has_key(self, scope: Scope) -> bool:
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")

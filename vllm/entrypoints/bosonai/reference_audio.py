@@ -9,15 +9,14 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.error import URLError
 from urllib.parse import unquote, urlsplit
-from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm import envs
 from vllm.audio import decode_clip, parse_data_url
+from vllm.entrypoints.bosonai.safe_fetch import FetchError, fetch
 from vllm.exceptions import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -70,21 +69,17 @@ class ReferenceAudioLoader:
                 "send the clip as base64",
                 param=_PARAM,
             )
-        opener = OpenerDirector()  # follows no redirects and knows no other schemes
-        opener.add_handler(HTTPHandler())
-        opener.add_handler(HTTPSHandler())
-        limit = self._config.max_body_bytes
         try:
-            with opener.open(url, timeout=envs.VLLM_AUDIO_FETCH_TIMEOUT) as reply:
-                data: bytes = reply.read(limit + 1) if reply.status == 200 else b""
-        except (URLError, OSError, ValueError) as error:
+            return fetch(
+                url,
+                max_bytes=self._config.max_body_bytes,
+                timeout_s=envs.VLLM_AUDIO_FETCH_TIMEOUT,
+                allow_private=self._config.allow_private_ref_audio_urls,
+            )
+        except FetchError as error:
             raise InvalidRequestError(
                 f"ref_audio could not be fetched: {error}", param=_PARAM
             ) from error
-        if not data or len(data) > limit:
-            problem = "is too large" if data else f"answered with status {reply.status}"
-            raise InvalidRequestError(f"ref_audio could not be fetched: it {problem}", param=_PARAM)
-        return data
 
     def _read_file(self, url: str) -> bytes:
         folder = self._config.allowed_local_media_path
@@ -93,9 +88,18 @@ class ReferenceAudioLoader:
                 "ref_audio: this server reads no file URLs (--allowed-local-media-path)",
                 param=_PARAM,
             )
-        path = Path(unquote(urlsplit(url).path)).resolve()
-        if not path.is_relative_to(Path(folder).resolve()) or not path.is_file():
-            raise InvalidRequestError(
-                "ref_audio names no file below the folder that this server allows", param=_PARAM
-            )
-        return path.read_bytes()
+        limit = self._config.max_body_bytes
+        try:
+            parts = urlsplit(url)
+            path = Path(unquote(parts.path)).resolve()
+            is_inside = path.is_relative_to(Path(folder).resolve())
+            is_local = parts.netloc in ("", "localhost")
+            if is_inside and is_local and path.is_file() and path.stat().st_size <= limit:
+                return path.read_bytes()
+        except (OSError, ValueError, RuntimeError):  # names too long, zero bytes, circles of links
+            pass
+        raise InvalidRequestError(
+            "ref_audio names no readable file of allowed size below the folder that this server "
+            "allows",
+            param=_PARAM,
+        )
