@@ -36,7 +36,7 @@ def test_every_field_has_a_flag() -> None:
             value = values.get(hints[item.name])
             if value is None or item.name in {"block_size", "cpu_threads"}:
                 continue
-            parse_serve_args([f"--{item.name.replace('_', '-')}", *value])
+            parse_serve_args(["--api-key", "k", f"--{item.name.replace('_', '-')}", *value])
             checked += 1
     assert checked > 25
 

@@ -24,7 +24,13 @@ from vllm.entrypoints.bosonai.serving_voices import (
     VoiceUpload,
 )
 from vllm.entrypoints.bosonai.speech_reply import END_HEADERS, START_HEADERS
-from vllm.entrypoints.cli_args import IGNORED_FLAGS, REFUSED_FLAGS, ServerConfig, parse_serve_args
+from vllm.entrypoints.cli_args import (
+    IGNORED_FLAGS,
+    PARALLEL_SIZES,
+    REFUSED_FLAGS,
+    ServerConfig,
+    parse_serve_args,
+)
 from vllm.entrypoints.openai import AudioSpeechRequest
 from vllm.entrypoints.openai.chat_protocol import ChatCompletionRequest
 from vllm.outputs import FinishReason
@@ -84,7 +90,8 @@ def test_flags(code_spans: set[str]) -> None:
 def test_no_flag_is_invented(code_spans: set[str]) -> None:
     parts = (ServerConfig, *get_type_hints(EngineConfig).values())
     known = {f"--{f.name.replace('_', '-')}" for p in parts for f in dataclasses.fields(p)}
-    known |= {*IGNORED_FLAGS, *REFUSED_FLAGS, "--tensor-parallel-size", "--no-...", "--model"}
+    known |= {*IGNORED_FLAGS, *REFUSED_FLAGS, "--no-...", "--model"}
+    known |= {name for names in PARALLEL_SIZES for name in names}
     named = {span for span in code_spans if re.fullmatch(r"--[\w.-]+", span)}
     assert named <= known
 

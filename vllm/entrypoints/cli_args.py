@@ -58,6 +58,12 @@ class ServerConfig:
         (), "one or more keys that clients may send; default: VLLM_API_KEY, split at commas"
     )
     api_key_file: str | None = _option(None, "file of further keys, one a line")
+    requests_per_minute: int = _option(
+        0, "POST requests of one key in any minute; more get a 429; 0 is no limit"
+    )
+    max_requests_per_key: int = _option(
+        0, "POST requests of one key at one time; more get a 429; 0 is no limit"
+    )
     voice_presets_dir: str | None = _option(
         None, "folder with config.json and clips; default: the shipped voices"
     )
@@ -117,6 +123,8 @@ class ServerConfig:
             raise ConfigError(f"--encoder-threads {self.encoder_threads}: at least 1")
         if any(not key.strip() for key in self.keys):
             raise ConfigError("--api-key '': a key must not be empty")
+        if (self.requests_per_minute or self.max_requests_per_key) and not self.keys:
+            raise ConfigError("limits per key need keys: --api-key, --api-key-file or VLLM_API_KEY")
         if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
             raise ConfigError("--ssl-keyfile and --ssl-certfile go together; one is missing")
         for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
@@ -136,6 +144,8 @@ class ServerConfig:
             "shutdown_timeout",
             "max_concurrent_connections",
             "max_stored_voices",
+            "requests_per_minute",
+            "max_requests_per_key",
             "max_input_chars",
             "max_body_mib",
         ):

@@ -31,6 +31,7 @@ from vllm.entrypoints.bosonai.engine_host import EngineClient, EngineHost, HostS
 from vllm.entrypoints.bosonai.middleware import (
     ApiKeyMiddleware,
     BodyRulesMiddleware,
+    KeyLimitMiddleware,
     LastResortMiddleware,
     RequestIdMiddleware,
 )
@@ -142,6 +143,12 @@ def _add_middleware(app: FastAPI, args: ServeArgs) -> None:
     app.add_middleware(
         BodyRulesMiddleware, max_bytes=config.max_body_bytes, multipart_paths=MULTIPART_PATHS
     )
+    if config.requests_per_minute or config.max_requests_per_key:
+        app.add_middleware(
+            KeyLimitMiddleware,
+            per_minute=config.requests_per_minute,
+            at_once=config.max_requests_per_key,
+        )
     if config.keys:
         app.add_middleware(ApiKeyMiddleware, keys=config.keys)
     app.add_middleware(LastResortMiddleware)

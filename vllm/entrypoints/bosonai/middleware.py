@@ -8,11 +8,14 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Collection, Coroutine, Sequence
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm.entrypoints.openai.errors import error_response, to_response
@@ -23,6 +26,7 @@ __all__ = [
     "OPEN_PATHS",
     "ApiKeyMiddleware",
     "BodyRulesMiddleware",
+    "KeyLimitMiddleware",
     "LastResortMiddleware",
     "RequestIdMiddleware",
     "unless_client_leaves",
@@ -141,6 +145,66 @@ class ApiKeyMiddleware:
         token = given.strip().encode("latin-1")
         matches = [secrets.compare_digest(token, key) for key in self._keys]
         return kind.lower() == "bearer" and any(matches)
+
+
+class KeyLimitMiddleware:
+    """Refuses POST requests beyond a key's limits with a 429; sits behind ``ApiKeyMiddleware``.
+
+    Args:
+        app: takes what is let through.
+        per_minute: requests in any 60 seconds, refused ones left out; 0 is no limit.
+        at_once: requests whose replies are not complete; 0 is no limit.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        per_minute: int,
+        at_once: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._app = app
+        self._per_minute = per_minute
+        self._at_once = at_once
+        self._clock = clock
+        self._arrivals: defaultdict[str, deque[float]] = defaultdict(deque)
+        self._num_open: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        key = Headers(scope=scope).get("authorization", "").partition(" ")[2].strip()
+        refusal = self._refusal(key)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        self._num_open[key] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._num_open[key] -= 1
+
+    def _refusal(self, key: str) -> Response | None:
+        """The reply to a request that is one too many; otherwise the request is counted."""
+        if self._at_once and self._num_open[key] >= self._at_once:
+            return error_response(
+                429, f"{self._at_once} requests of this key are running already", retry_after_s=1.0
+            )
+        if not self._per_minute:
+            return None
+        now, arrivals = self._clock(), self._arrivals[key]
+        while arrivals and arrivals[0] <= now - 60.0:
+            arrivals.popleft()
+        if len(arrivals) >= self._per_minute:
+            return error_response(
+                429,
+                f"this key may send {self._per_minute} requests in a minute",
+                retry_after_s=arrivals[0] + 60.0 - now,
+            )
+        arrivals.append(now)
+        return None
 
 
 class BodyRulesMiddleware:
