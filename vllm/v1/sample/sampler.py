@@ -52,12 +52,13 @@ class Sampler:
             int64 [num_rows, num_codebooks], what ``next_frame`` dictates included.
         """
         self._mask_markers(logits, next_frame)
-        draw_noise, redraw_noise = self._noise(metadata, next_frame)
+        noise = self._noise(metadata, next_frame)
         penalised = apply_ras_penalty(logits, history, metadata.ras_block)
-        codes = self._choose(penalised, metadata, draw_noise)
+        codes = self._choose(penalised, metadata, noise.get(Purpose.DRAW))
         if metadata.ras_redraw is not None and history is not None:
             # NOTE: from the logits before the penalty and the temperature. Masked ones equal the
             # raw ones wherever a redraw can happen under the reference rule.
+            redraw_noise = noise[Purpose.RAS_REDRAW]
             codes = redraw_repeated(codes, logits, redraw_noise, history, metadata.ras_redraw)
         return torch.where(next_frame.forced >= 0, next_frame.forced, codes)
 
@@ -66,20 +67,26 @@ class Sampler:
         logits[..., self._pattern.bos].masked_fill_(~next_frame.allow_bos, -math.inf)
         logits[..., self._pattern.eos].masked_fill_(~next_frame.allow_eos, -math.inf)
 
-    def _noise(self, metadata: SamplingMetadata, next_frame: NextFrame) -> list[Tensor]:
-        """Uniform numbers of the draw and of the redraw, each [num_rows, num_codebooks]."""
-        return uniform(
-            metadata.seed,
-            next_frame.index,
-            self._pattern.num_codebooks,
-            (Purpose.DRAW, Purpose.RAS_REDRAW),
+    def _noise(self, metadata: SamplingMetadata, next_frame: NextFrame) -> dict[Purpose, Tensor]:
+        """Uniform numbers [num_rows, num_codebooks] for what will be drawn, and for no more."""
+        purposes = []
+        if not metadata.temperature.all_greedy:
+            purposes.append(Purpose.DRAW)
+        if metadata.ras_redraw is not None:
+            purposes.append(Purpose.RAS_REDRAW)
+        if not purposes:
+            return {}
+        numbers = uniform(
+            metadata.seed, next_frame.index, self._pattern.num_codebooks, tuple(purposes)
         )
+        return dict(zip(purposes, numbers, strict=True))
 
-    def _choose(self, logits: Tensor, metadata: SamplingMetadata, noise: Tensor) -> Tensor:
+    def _choose(self, logits: Tensor, metadata: SamplingMetadata, noise: Tensor | None) -> Tensor:
         """First draw of each codebook, int64 [num_rows, num_codebooks]."""
         temperature = metadata.temperature
         if temperature.all_greedy:
             return logits.argmax(-1)
+        assert noise is not None, "drawn for every row that is not greedy"
         probs = apply_temperature(logits, temperature).softmax(-1)
         codes = draw(apply_top_k_top_p(probs, metadata.filters), noise)
         if temperature.is_greedy is None:
