@@ -6,17 +6,18 @@ Owns the projections; pages and tiles are ``kernels.attention``'s.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vllm.kernels.attention import AttentionPlan, paged_attention
 from vllm.kernels.cache import write_kv
 from vllm.kernels.reference import apply_rope
+from vllm.model_executor.layers.layer import Layer
 from vllm.model_executor.layers.linear import Linear, PackedLinear
 
 __all__ = ["SelfAttention"]
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Layer):
     """Causal attention of ``num_heads`` queries over ``num_kv_heads`` keys and values."""
 
     def __init__(

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm.model_executor.layers.layer import Layer
+
 __all__ = ["CodebookEmbedding", "Embedding"]
 
 
-class Embedding(nn.Module):
+class Embedding(Layer):
     """Row ``id`` of a table [num_embeddings, size]."""
 
     def __init__(self, num_embeddings: int, size: int, dtype: torch.dtype) -> None:

@@ -6,15 +6,16 @@ Gate and up are one product; which rows a block sees is the caller's to say.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vllm.kernels.reference import silu_mul
+from vllm.model_executor.layers.layer import Layer
 from vllm.model_executor.layers.linear import Linear, PackedLinear
 
 __all__ = ["FeedForward"]
 
 
-class FeedForward(nn.Module):
+class FeedForward(Layer):
     """SwiGLU block of width ``intermediate_size``."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> None:

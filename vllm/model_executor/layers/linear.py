@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from vllm.kernels.linear import linear, pack_weight
+from vllm.model_executor.layers.layer import Layer
 
 __all__ = ["Linear", "PackedLinear"]
 
 
-class Linear(nn.Module):
+class Linear(Layer):
     """``y = x W^T`` with ``W`` [out_features, in_features]."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:

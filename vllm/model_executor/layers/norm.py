@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from vllm.kernels.reference import rms_norm
+from vllm.model_executor.layers.layer import Layer
 
 __all__ = ["RMSNorm"]
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Layer):
     """Norm over the last dimension of width ``size``."""
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vllm.checkpoint_config import RopeScaling
+from vllm.model_executor.layers.layer import Layer
 
 __all__ = ["RotaryTable", "inverse_frequencies"]
 
@@ -35,7 +36,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
     return (1 - keep) * plain / scaling.factor + keep * plain
 
 
-class RotaryTable(nn.Module):
+class RotaryTable(Layer):
     """Cosines and signed sines of positions 0 .. num_positions - 1."""
 
     cos: Tensor  # [num_positions, 1, head_dim]

@@ -21,6 +21,7 @@ from vllm.model_executor.layers import (
     CodebookEmbedding,
     Embedding,
     FeedForward,
+    Layer,
     Linear,
     RMSNorm,
     RotaryTable,
@@ -175,7 +176,7 @@ class HiggsAudioModel(nn.Module):
         return (module for module in self.modules() if isinstance(module, Linear))
 
 
-class _DualLayer(nn.Module):
+class _DualLayer(Layer):
     """One decoder layer: shared attention, and norms and feed-forward for text and for audio."""
 
     def __init__(self, config: HiggsAudioConfig, dtype: torch.dtype) -> None:

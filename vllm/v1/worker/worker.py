@@ -20,7 +20,7 @@ from vllm.kernels.linear import check_row_invariance, set_row_quantum
 from vllm.logger import get_logger
 from vllm.model_executor.codecs import ClipCache, Codec, load_codec
 from vllm.model_executor.models import SpeechModel, load_model
-from vllm.platforms import Platform, select_platform
+from vllm.platforms import select_platform
 from vllm.v1.core.sched_output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.codec_runner import CodecRunner
@@ -32,6 +32,7 @@ __all__ = ["Worker", "WorkerInfo"]
 
 logger = get_logger(__name__)
 
+_SMALL_MATRIX = 2**22  # weights; with 2.1 million, one thread is twice as fast as two
 _MAX_NUM_SEQS = {"cuda": 256, "cpu": 32}  # for --max-num-seqs 0
 
 
@@ -78,7 +79,6 @@ class Worker:
     ) -> None:
         self._config = config
         self._platform = select_platform(config.device.device)
-        num_threads = _use_threads(config.device.cpu_threads, self._platform)
         device = self._platform.device
         self._model = load_model(
             model_folder,
@@ -86,6 +86,7 @@ class Worker:
             dtype=config.model.dtype,
             max_model_len=config.model.max_model_len,
         )
+        num_threads = self._use_threads()
         codec = load_codec(codec_folder, device=device)
         _check_fit(self._model, codec)
         self._prepare_invariance()
@@ -96,8 +97,7 @@ class Worker:
             codec,
             ramp=config.audio.stream_ramp,
             clip_cache=ClipCache(clip_cache_folder),
-            # The model's steps and the codec share the cores; half of them is enough for either.
-            num_threads=max(1, num_threads // 2),
+            num_threads=max(1, num_threads // 2),  # the rest is for the model's steps
         )
         self._runner = self._make_runner()
 
@@ -137,6 +137,19 @@ class Worker:
 
     def shutdown(self) -> None:
         self._codec_runner.shutdown()
+
+    def _use_threads(self) -> int:
+        """Set torch's threads for the CPU path; returns how many cores there are to share.
+
+        The products of a small model are over before a second thread has taken its part.
+        """
+        num_cores = self._config.device.cpu_threads or _num_cores()
+        if self._platform.is_cuda:
+            return num_cores
+        is_small = max(each.numel() for each in self._model.matrices()) <= _SMALL_MATRIX
+        one_is_best = is_small and not self._config.device.cpu_threads
+        torch.set_num_threads(1 if one_is_best else num_cores)
+        return num_cores
 
     def _prepare_invariance(self) -> None:
         if not self._config.device.batch_invariant:
@@ -186,13 +199,6 @@ class Worker:
             max_num_seqs=self._max_num_seqs,
             device=device,
         )
-
-
-def _use_threads(num_threads: int, platform: Platform) -> int:
-    """Set torch's threads for the CPU path; returns how many there are."""
-    if not platform.is_cuda:
-        torch.set_num_threads(num_threads or _num_cores())
-    return torch.get_num_threads()
 
 
 def _num_cores() -> int:
