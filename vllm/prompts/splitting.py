@@ -68,7 +68,14 @@ def split_text(
     """
     language = (language or "en").lower().partition("-")[0]
     pieces = partial(_pieces, limit=max_chars)
-    cutters = (_turns, partial(_sentences, language=language), _clauses, _words, _characters, pieces)
+    cutters = (
+        _turns,
+        partial(_sentences, language=language),
+        _clauses,
+        _words,
+        _characters,
+        pieces,
+    )
     return [stripped for part in _pack(text, max_chars, cutters) if (stripped := part.strip())]
 
 
