@@ -44,6 +44,7 @@ def num_open(server: Any) -> int:
 def test_health_of_a_ready_server(live: Any) -> None:
     health = live.client.get("/health")
     assert health.status_code == 200
+    assert live.client.head("/health").status_code == 200
     body = health.json()
     assert body["vllm_backend"] == live.url
     assert body["model"] == "tts-test"

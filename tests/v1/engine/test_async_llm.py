@@ -185,3 +185,16 @@ def test_an_abort_before_the_engine_hears_of_the_request(checkpoint: Path) -> No
             assert (await collect(llm, "early", SamplingParams(max_tokens=20)))[-1].finished
 
     run(test)
+
+
+def test_a_wrong_path_names_its_flag(checkpoint: Path) -> None:
+    async def test() -> None:
+        config = EngineConfig.from_options(
+            model=str(checkpoint / "lm"), audio_tokenizer_type="/nowhere", device="cpu"
+        )
+        llm = AsyncLLM(config, lambda info: NoVoice())
+        with pytest.raises((ConfigError, CheckpointError), match="--audio-tokenizer-type"):
+            await llm.start()
+        await llm.shutdown()
+
+    run(test)

@@ -55,6 +55,7 @@ def add_service_routes(
 def _add_health_routes(
     app: FastAPI, args: ServeArgs, host: EngineHost, synthesizer: Synthesizer
 ) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_class=JSONResponse, responses=ERROR_REPLIES)
     async def health(raw: Request) -> Response:
         """200 when requests are served, 503 while loading and when the engine is gone."""
@@ -74,6 +75,7 @@ def _add_health_routes(
             return _refusal(error, fields)
         return JSONResponse({**fields, **await _audio_facts(host)})
 
+    @app.head("/ping", include_in_schema=False)
     @app.get("/ping", response_class=Response, responses={204: {"description": "Loading"}})
     async def ping() -> Response:
         """200 when requests are served, 204 while loading, 503 when the engine is gone."""

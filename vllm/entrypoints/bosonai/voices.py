@@ -136,7 +136,7 @@ class VoiceLibrary:
         refresh_interval_s: float = 10.0,
     ) -> VoiceLibrary:
         """Voices as the codec of a loaded engine takes them; raises as the constructor does."""
-        return cls(
+        library = cls(
             folder,
             sample_rate=info.sample_rate,
             hop_length=info.hop_length,
@@ -147,6 +147,11 @@ class VoiceLibrary:
             default_voice=default_voice,
             refresh_interval_s=refresh_interval_s,
         )
+        try:
+            library.resolve(None)
+        except InvalidRequestError as error:
+            logger.warning("requests that name no voice will be refused: %s", error)
+        return library
 
     @property
     def default_id(self) -> str:

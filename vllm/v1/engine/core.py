@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from vllm import envs
 from vllm.checkpoints.embedded import embedded_checkpoint
 from vllm.config import DEFAULT_AUDIO_TOKENIZER, EngineConfig
-from vllm.exceptions import EngineError, HiggsAudioError
+from vllm.exceptions import CheckpointError, EngineError, HiggsAudioError
 from vllm.logger import get_logger
 from vllm.model_executor.framing import DelayPattern
 from vllm.model_executor.weights import resolve
@@ -233,25 +234,32 @@ class _Folders:
 def _resolve_folders(config: EngineConfig) -> _Folders:
     """Find or download the checkpoints; without ``--model`` those of the embedded model."""
     download_dir = Path(config.model.download_dir) if config.model.download_dir else None
+    find = partial(_find_checkpoint, download_dir=download_dir)
     codec_name = config.audio.audio_tokenizer_type
     if config.model.model is None:
         embedded = embedded_checkpoint()
         model, codec = embedded / "lm", embedded / "codec"
     else:
-        model = resolve(
-            config.model.model, revision=config.model.revision, download_dir=download_dir
-        )
+        model = find("--model", config.model.model, config.model.revision)
         codec_name = codec_name or DEFAULT_AUDIO_TOKENIZER
     if codec_name is not None:
-        codec = resolve(
-            codec_name, revision=config.audio.audio_tokenizer_revision, download_dir=download_dir
-        )
+        revision = config.audio.audio_tokenizer_revision
+        codec = find("--audio-tokenizer-type", codec_name, revision)
     tokenizer = model
     if config.model.tokenizer is not None:
-        tokenizer = resolve(config.model.tokenizer, download_dir=download_dir)
+        tokenizer = find("--tokenizer", config.model.tokenizer, None)
     cache = config.audio.clip_cache_dir
     clip_cache = Path(cache) if cache else envs.VLLM_CACHE_ROOT / "clips"
     return _Folders(model=model, tokenizer=tokenizer, codec=codec, clip_cache=clip_cache)
+
+
+def _find_checkpoint(
+    flag: str, name: str, revision: str | None, *, download_dir: Path | None
+) -> Path:
+    try:
+        return resolve(name, revision=revision, download_dir=download_dir)
+    except CheckpointError as error:
+        raise CheckpointError(f"{flag}: {error}") from error
 
 
 class _WaitingForClips:

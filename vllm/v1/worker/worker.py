@@ -156,7 +156,8 @@ class Worker:
             set_row_quantum(1)
         elif not self._platform.is_cuda:
             quantum = check_row_invariance(self._model.matrices())
-            logger.info("batch-invariant products pad rows to multiples of %d", quantum)
+            if quantum > 1:
+                logger.info("batch-invariant products pad rows to multiples of %d", quantum)
 
     def _kv_budget(self) -> KVBudget:
         cache = self._config.cache
