@@ -1,4 +1,4 @@
-"""CPU or CUDA, decided once: device, number type, memory figures and pinning.
+"""CPU or CUDA, decided once: device, number type and memory figures.
 
 Knows the machine; deliberately knows no model and no request.
 """
@@ -41,11 +41,6 @@ class Platform:
         return self.device.type == "cuda"
 
     @property
-    def pin_memory(self) -> bool:
-        """Whether host buffers should be pinned, so that copies run beside the computation."""
-        return self.is_cuda
-
-    @property
     def default_dtype(self) -> torch.dtype:
         """What ``dtype="auto"`` means here."""
         return torch.bfloat16 if self.is_cuda else torch.float32
@@ -60,11 +55,6 @@ class Platform:
             total_bytes=page * os.sysconf("SC_PHYS_PAGES"),
             free_bytes=page * os.sysconf("SC_AVPHYS_PAGES"),
         )
-
-    def synchronize(self) -> None:
-        """Wait until the device has done all that was asked of it."""
-        if self.is_cuda:
-            torch.cuda.synchronize(self.device)
 
 
 def select_platform(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from vllm.entrypoints.cli_args import ServerConfig
+    from vllm.entrypoints.openai.protocol import SamplingOptions
 
 __all__ = [
     "QUEUE_HEADERS",
@@ -27,6 +28,7 @@ __all__ = [
     "Ticket",
     "make_ticket",
     "owner_of",
+    "ticket_maker",
 ]
 
 QUEUE_HEADERS = ("X-Queue-Status", "X-Queue-Position")
@@ -213,6 +215,21 @@ def make_ticket(
         priority=priority or 0,
         timeout_s=min(filter(None, limits), default=None),
     )
+
+
+def ticket_maker(raw: Request, config: ServerConfig) -> Callable[[SamplingOptions], Ticket]:
+    """Makes the ticket of each item of a request that holds several; raises as ``make_ticket``."""
+
+    def make(item: SamplingOptions) -> Ticket:
+        return make_ticket(
+            raw,
+            config,
+            request_id=item.request_id,
+            priority=item.priority,
+            timeout_s=item.timeout_s,
+        )
+
+    return make
 
 
 def owner_of(raw: Request, config: ServerConfig) -> str:

@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm.entrypoints.bosonai.admission import Ticket, make_ticket
+from vllm.entrypoints.bosonai.admission import Ticket, ticket_maker
 from vllm.entrypoints.bosonai.middleware import unless_client_leaves
 from vllm.entrypoints.bosonai.serving_audio import ServingAudio
 from vllm.entrypoints.bosonai.speech_reply import Ending, summary
@@ -150,15 +150,7 @@ def add_batch_routes(
         synthesizer.ready_engine()
         synthesizer.admission.check_room()
 
-        def ticket(item: AudioSpeechRequest) -> Ticket:
-            return make_ticket(
-                raw,
-                config,
-                request_id=item.request_id,
-                priority=item.priority,
-                timeout_s=item.timeout_s,
-            )
-
+        ticket = ticket_maker(raw, config)
         items = [BatchItem(partial(read_item, fields), ticket) for fields in body.items]
         work = speak_all(serving, items, num_together=synthesizer.admission.num_slots)
         results = await unless_client_leaves(raw.receive, work)

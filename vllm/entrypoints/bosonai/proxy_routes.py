@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Body, FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vllm.entrypoints.bosonai.admission import Ticket, make_ticket
+from vllm.entrypoints.bosonai.admission import ticket_maker
 from vllm.entrypoints.bosonai.batch_speech import BatchItem, Failure, Spoken, speak_all
 from vllm.entrypoints.bosonai.middleware import unless_client_leaves
 from vllm.entrypoints.bosonai.service_routes import MODE
@@ -126,15 +126,7 @@ def add_proxy_routes(
         synthesizer.ready_engine()
         synthesizer.admission.check_room()
 
-        def ticket(speech: AudioSpeechRequest) -> Ticket:
-            return make_ticket(
-                raw,
-                config,
-                request_id=speech.request_id,
-                priority=speech.priority,
-                timeout_s=speech.timeout_s,
-            )
-
+        ticket = ticket_maker(raw, config)
         items = [BatchItem(item.to_speech, ticket) for item in body]
         work = speak_all(serving, items, num_together=synthesizer.admission.num_slots)
         results = await unless_client_leaves(raw.receive, work)

@@ -107,12 +107,6 @@ class SpeechTask:
         """Id of the current part in the engine."""
         return self.request_id if self._index == 0 else f"{self.request_id}#{self._index}"
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Prompt positions of the parts so far."""
-        current = self._prompt.num_positions if self._prompt is not None else 0
-        return self._usage.prompt_tokens + (current if self.finish_reason is None else 0)
-
     def next_request(self) -> EngineCoreRequest:
         """Engine request of the current part.
 
