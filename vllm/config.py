@@ -8,6 +8,7 @@ which returns new configurations; nothing here looks at the machine.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ __all__ = [
 DEFAULT_AUDIO_TOKENIZER = "bosonai/higgs-audio-v2-tokenizer"
 EMBEDDED_MODEL_NAME = "higgs-audio-tiny"
 
+_MAX_THREADS = 1024  # more than any machine's cores; OpenMP may end the process far above
 _MAX_POSITIONS = 131_072  # what the published model was made for (specification §1.1)
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -93,7 +95,7 @@ class AudioConfig:
         )
         for name in ("max_audio_seconds", "max_silence_seconds"):
             value = getattr(self, name)
-            _require(value >= 0, f"--{name.replace('_', '-')} {value}: 0 or more")
+            _require(0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,9 @@ class SchedulerConfig:
             self.max_num_batched_tokens >= 16,
             f"--max-num-batched-tokens {self.max_num_batched_tokens}: at least 16",
         )
+        for name in ("prefill_min_tokens", "prefill_min_requests", "prefill_max_wait_ms"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +160,10 @@ class DeviceConfig:
     enforce_eager: bool = _option(False, "no CUDA graphs")
 
     def __post_init__(self) -> None:
-        _require(self.cpu_threads >= 0, f"--cpu-threads {self.cpu_threads}: 0 or more")
+        _require(
+            0 <= self.cpu_threads <= _MAX_THREADS,
+            f"--cpu-threads {self.cpu_threads}: 0 to {_MAX_THREADS}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     VLLM_AUDIO_FETCH_TIMEOUT: float
     HF_HUB_OFFLINE: bool
 
-__all__ = ["describe", "names"]
+__all__ = ["check", "describe", "names"]
 
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 
@@ -100,6 +100,16 @@ def __getattr__(name: str) -> Any:
     except KeyError:
         raise AttributeError(f"module {__name__!r} has no variable {name!r}") from None
     return reader()
+
+
+def check() -> None:
+    """Read every variable, so that a wrong one is told before anything is started.
+
+    Raises:
+        ConfigError: a value does not parse; the message names the variable.
+    """
+    for reader, _ in _VARIABLES.values():
+        reader()
 
 
 def names() -> tuple[str, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 
 from vllm.config import EngineConfig
-from vllm.entrypoints.cli_args import IGNORED_FLAGS, REFUSED_FLAGS, ServerConfig, parse_serve_args
+from vllm.entrypoints.cli_args import IGNORED_FLAGS, REFUSED_FLAGS, parse_serve_args
+from vllm.entrypoints.server_config import ServerConfig
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -28,13 +30,13 @@ def test_no_flags_give_the_defaults() -> None:
 
 def test_every_field_has_a_flag() -> None:
     parts = [ServerConfig, *get_type_hints(EngineConfig).values()]
-    values = {bool: [], int: ["64"], float: ["0.5"], str: ["x"]}
+    values = {bool: [], int: ["64"], float: ["0.5"], str: ["/x"]}
     checked = 0
     for part in parts:
         hints = get_type_hints(part)
         for item in dataclasses.fields(part):
             value = values.get(hints[item.name])
-            if value is None or item.name in {"block_size", "cpu_threads"}:
+            if value is None or item.name in {"block_size", "ssl_cert_reqs"}:
                 continue
             parse_serve_args(["--api-key", "k", f"--{item.name.replace('_', '-')}", *value])
             checked += 1
@@ -107,9 +109,10 @@ def test_model_as_an_argument() -> None:
     assert parse_serve_args(["some/model"]).engine.model.model == "some/model"
 
 
-def test_a_codec_folder_goes_before_its_type() -> None:
-    args = parse_serve_args(["--audio-tokenizer-path", "/c", "--audio-tokenizer-type", "hub/c"])
-    assert args.engine.audio.audio_tokenizer_type == "/c"
+def test_a_codec_folder_goes_before_its_type(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    args = parse_serve_args(["--audio-tokenizer-path", folder, "--audio-tokenizer-type", "hub/c"])
+    assert args.engine.audio.audio_tokenizer_type == folder
 
 
 @pytest.mark.parametrize("flag", IGNORED_FLAGS)
@@ -166,13 +169,50 @@ def test_one_device_only(capsys: pytest.CaptureFixture[str]) -> None:
         (["--ssl-keyfile", "key.pem"], "--ssl-certfile"),
         (["--ssl-keyfile", "no.pem", "--ssl-certfile", "no.pem"], "--ssl-keyfile no.pem"),
         (["--shutdown-timeout", "-1"], "--shutdown-timeout"),
+        (["--shutdown-timeout", "inf"], "--shutdown-timeout inf"),
+        (["--request-timeout", "nan"], "--request-timeout nan"),
+        (["--max-body-mib", "0"], "--max-body-mib 0.0: above 0"),
         (["--voice-presets-refresh-interval", "0"], "--voice-presets-refresh-interval"),
+        (["--voice-presets-dir", "no/where"], "--voice-presets-dir no/where: there is no such"),
+        (["--audio-tokenizer-path", "no/where"], "--audio-tokenizer-path no/where"),
+        (["--allowed-local-media-path", "no/where"], "--allowed-local-media-path no/where"),
+        (["--voice-store", __file__], "is a file; give a folder"),
+        (["--voice-store", "s3://bucket"], "--voice-store s3://bucket"),
+        (["--served-model-name", ""], "--served-model-name"),
+        (["--root-path", "tts"], "--root-path tts: it begins with /"),
+        (["--root-path", "/tts/"], "--root-path /tts/"),
+        (["--allowed-origins", '["example.org"]'], "--allowed-origins 'example.org'"),
+        (["--allowed-origins", '["https://a/"]'], "--allowed-origins 'https://a/'"),
+        (["--allowed-methods", '["post"]'], "--allowed-methods 'post'"),
+        (["--allowed-headers", '["a b"]'], "--allowed-headers 'a b'"),
+        (["--ssl-cert-reqs", "3"], "--ssl-cert-reqs 3: 0 (none)"),
+        (["--ssl-cert-reqs", "2"], "--ssl-ca-certs"),
+        (["--ssl-keyfile", __file__, "--ssl-certfile", __file__], f"--ssl-certfile {__file__}"),
+        (["--max-audio-seconds", "inf"], "--max-audio-seconds inf"),
+        (["--prefill-max-wait-ms", "-1"], "--prefill-max-wait-ms -1.0"),
+        (["--prefill-min-tokens", "-1"], "--prefill-min-tokens -1"),
+        (["--cpu-threads", "100000"], "--cpu-threads 100000: 0 to 1024"),
     ],
 )
 def test_wrong_values_name_their_flag(
     flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert named in refusal(capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("VLLM_LOGGING_LEVEL", "loud"),
+        ("VLLM_AUDIO_FETCH_TIMEOUT", "soon"),
+        ("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "perhaps"),
+    ],
+)
+def test_wrong_variables_are_named(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert f"{name}={value!r}" in refusal(capsys)
 
 
 def test_keys_fall_back_to_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,11 +28,11 @@ from vllm.entrypoints.cli_args import (
     IGNORED_FLAGS,
     PARALLEL_SIZES,
     REFUSED_FLAGS,
-    ServerConfig,
     parse_serve_args,
 )
 from vllm.entrypoints.openai import AudioSpeechRequest
 from vllm.entrypoints.openai.chat_protocol import ChatCompletionRequest
+from vllm.entrypoints.server_config import ServerConfig
 from vllm.outputs import FinishReason
 from vllm.v1.engine.messages import SchedulerStats
 from vllm.v1.metrics import SpeechMetrics

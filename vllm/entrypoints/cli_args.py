@@ -1,7 +1,7 @@
 """Command-line flags, made from the fields of the configurations, and what they are parsed into.
 
-Holds the HTTP server's own configuration and the tables of upstream flags that are accepted
-without effect or refused with advice. Starts nothing.
+Holds the tables of upstream flags that are accepted without effect or refused with advice. Starts
+nothing.
 """
 
 from __future__ import annotations
@@ -11,162 +11,25 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vllm import envs
 from vllm.config import EMBEDDED_MODEL_NAME, EngineConfig
+from vllm.entrypoints.server_config import ServerConfig, flag_name
 from vllm.exceptions import ConfigError
-from vllm.logger import get_logger
 
 __all__ = [
     "IGNORED_FLAGS",
-    "NO_STORE",
     "PARALLEL_SIZES",
     "REFUSED_FLAGS",
     "ServeArgs",
-    "ServerConfig",
     "add_engine_flags",
     "normalize_flags",
     "parse_engine_config",
     "parse_serve_args",
 ]
-
-logger = get_logger(__name__)
-
-
-NO_STORE = "none"  # value of --voice-store
-
-
-def _option(default: Any, help_text: str, **extra: Any) -> Any:
-    return field(default=default, metadata={"help": help_text, **extra})
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """The HTTP side: where it listens, whom it lets in, which voices it offers."""
-
-    host: str | None = _option(None, "address to bind; default: all interfaces")
-    port: int = _option(8000, "port to bind; 0 takes a free one")
-    served_model_name: tuple[str, ...] = _option(
-        (), "one or more names for the model; the first is reported; default: --model"
-    )
-    api_key: tuple[str, ...] = _option(
-        (), "one or more keys that clients may send; default: VLLM_API_KEY, split at commas"
-    )
-    api_key_file: str | None = _option(None, "file of further keys, one a line")
-    requests_per_minute: int = _option(
-        0, "POST requests of one key in any minute; more get a 429; 0 is no limit"
-    )
-    max_requests_per_key: int = _option(
-        0, "POST requests of one key at one time; more get a 429; 0 is no limit"
-    )
-    voice_presets_dir: str | None = _option(
-        None, "folder with config.json and clips; default: the shipped voices"
-    )
-    voice_presets_refresh_interval: float = _option(
-        10.0, "seconds between looks at the presets folder"
-    )
-    voice_store: str | None = _option(
-        None,
-        "folder of uploaded voices, which servers may share; none refuses uploads; "
-        "default: voices in the cache folder",
-    )
-    max_stored_voices: int = _option(1000, "uploaded voices that are kept")
-    default_voice: str | None = _option(
-        None, "voice of requests that name none; default: the presets' default"
-    )
-    audio_tokenizer_path: str | None = _option(
-        None, "folder of the codec; goes before --audio-tokenizer-type"
-    )
-    restart_engine: bool = _option(False, "start a new engine process when one dies")
-    request_timeout: float = _option(0.0, "seconds that a request may take; 0 is no limit")
-    shutdown_timeout: float = _option(5.0, "seconds that open requests get to finish after SIGTERM")
-    max_concurrent_connections: int = _option(
-        0, "requests running and queued; more get a 503; 0 is twice --max-num-seqs"
-    )
-    max_input_chars: int = _option(100_000, "longest input of a request; 0 is no limit")
-    max_body_mib: float = _option(32.0, "largest request body")
-    encoder_threads: int = _option(2, "threads that encode and stretch audio")
-    allow_ref_audio_urls: bool = _option(False, "fetch http(s) URLs given as ref_audio")
-    allow_private_ref_audio_urls: bool = _option(
-        False, "with --allow-ref-audio-urls: also from private and loopback addresses"
-    )
-    allowed_local_media_path: str | None = _option(
-        None, "folder below which file:// URLs given as ref_audio are read"
-    )
-    uvicorn_log_level: Literal["debug", "info", "warning", "error", "critical", "trace"] = _option(
-        "info", "log level of the HTTP server"
-    )
-    disable_uvicorn_access_log: bool = _option(False, "no line per request")
-    disable_fastapi_docs: bool = _option(False, "no /docs, /redoc and /openapi.json")
-    allow_credentials: bool = _option(False, "CORS: allow credentials")
-    allowed_origins: tuple[str, ...] = _option(("*",), "CORS: origins, as a JSON list", json=True)
-    allowed_methods: tuple[str, ...] = _option(("*",), "CORS: methods, as a JSON list", json=True)
-    allowed_headers: tuple[str, ...] = _option(("*",), "CORS: headers, as a JSON list", json=True)
-    ssl_keyfile: str | None = _option(None, "TLS key file")
-    ssl_certfile: str | None = _option(None, "TLS certificate file")
-    ssl_ca_certs: str | None = _option(None, "file of CA certificates for client certificates")
-    ssl_cert_reqs: int = _option(0, "whether client certificates are required (ssl module)")
-    root_path: str = _option("", "path prefix that a proxy in front strips")
-    middleware: tuple[str, ...] = _option(
-        (), "import path of an ASGI middleware; may be repeated", append=True
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"--port {self.port}: 0 to 65535")
-        if self.encoder_threads < 1:
-            raise ConfigError(f"--encoder-threads {self.encoder_threads}: at least 1")
-        if any(not key.strip() for key in self.keys):
-            raise ConfigError("--api-key '': a key must not be empty")
-        if (self.requests_per_minute or self.max_requests_per_key) and not self.keys:
-            raise ConfigError("limits per key need keys: --api-key, --api-key-file or VLLM_API_KEY")
-        if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
-            raise ConfigError("--ssl-keyfile and --ssl-certfile go together; one is missing")
-        for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
-            path = getattr(self, name)
-            if path and not Path(path).is_file():
-                raise ConfigError(f"{_flag_name(name)} {path}: there is no such file")
-        if "://" in (self.voice_store or ""):
-            raise ConfigError(
-                f"--voice-store {self.voice_store}: only folders are supported; mount the bucket"
-            )
-        if self.voice_presets_refresh_interval <= 0:
-            raise ConfigError(
-                f"--voice-presets-refresh-interval {self.voice_presets_refresh_interval}: above 0"
-            )
-        for name in (
-            "request_timeout",
-            "shutdown_timeout",
-            "max_concurrent_connections",
-            "max_stored_voices",
-            "requests_per_minute",
-            "max_requests_per_key",
-            "max_input_chars",
-            "max_body_mib",
-        ):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{_flag_name(name)} {getattr(self, name)}: 0 or more")
-
-    @cached_property
-    def keys(self) -> tuple[str, ...]:
-        """Keys that open the API, read once; none leaves it open to all."""
-        given = (*self.api_key, *_keys_in(self.api_key_file))
-        if given:
-            return given
-        return tuple(key.strip() for key in (envs.VLLM_API_KEY or "").split(",") if key.strip())
-
-    @property
-    def max_body_bytes(self) -> int:
-        return int(self.max_body_mib * 2**20)
-
-    @property
-    def presets_folder(self) -> Path | None:
-        return Path(self.voice_presets_dir) if self.voice_presets_dir else None
 
 
 @dataclass(frozen=True)
@@ -307,20 +170,6 @@ REFUSED_FLAGS: dict[str, str] = {
 }
 
 
-def _keys_in(file_name: str | None) -> tuple[str, ...]:
-    """Keys of a file; blank lines and those that begin with # are passed over."""
-    if file_name is None:
-        return ()
-    try:
-        lines = [line.strip() for line in Path(file_name).read_text("utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--api-key-file {file_name}: cannot be read: {error}") from error
-    keys = tuple(line for line in lines if line and not line.startswith("#"))
-    if not keys:
-        raise ConfigError(f"--api-key-file {file_name}: holds no key")
-    return keys
-
-
 def parse_serve_args(argv: Sequence[str] | None, *, prog: str | None = None) -> ServeArgs:
     """Parse the server's command line; a wrong flag ends the program with status 2."""
     parser = _make_parser(prog)
@@ -357,6 +206,7 @@ def _collect_serve_args(
     values = vars(namespace)
     try:
         server = ServerConfig(**_values_of(ServerConfig, values))
+        envs.check()
         engine = parse_engine_config(
             {**values, "model": values["model"] or values["model_tag"]},
             audio_tokenizer_path=server.audio_tokenizer_path,
@@ -423,10 +273,6 @@ def normalize_flags(argv: Sequence[str] | None) -> list[str] | None:
     return flags
 
 
-def _flag_name(field_name: str) -> str:
-    return "--" + field_name.replace("_", "-")
-
-
 def _values_of(part: type[Any], values: dict[str, Any]) -> dict[str, Any]:
     chosen = {f.name: values[f.name] for f in dataclasses.fields(part) if f.name in values}
     return {
@@ -438,7 +284,7 @@ def _add_fields(group: argparse._ArgumentGroup, part: type[Any]) -> None:
     hints = get_type_hints(part)
     for item in dataclasses.fields(part):
         group.add_argument(
-            _flag_name(item.name),
+            flag_name(item.name),
             default=list(item.default) if isinstance(item.default, tuple) else item.default,
             help=item.metadata["help"].replace("%", "%%"),
             **_argument_form(hints[item.name], dict(item.metadata)),

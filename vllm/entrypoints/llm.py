@@ -61,12 +61,11 @@ class LLM:
             audio_tokenizer_type=None if audio_tokenizer is None else str(audio_tokenizer),
             **options,
         )
+        folder = None if voices_dir is None else Path(voices_dir)
+        # Loading may take minutes, so a wrong folder or voice is told before it.
+        VoiceLibrary.without_engine(folder, default_voice=default_voice)
         self._client = InprocClient(self.config)
-        self.voices = VoiceLibrary.for_engine(
-            self.info,
-            folder=None if voices_dir is None else Path(voices_dir),
-            default_voice=default_voice,
-        )
+        self.voices = VoiceLibrary.for_engine(self.info, folder=folder, default_voice=default_voice)
         self._processor = Processor(self.config, self.info, self.voices)
 
     @property

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 
 from vllm.entrypoints.bosonai.admission import Admission, Ticket, make_ticket
-from vllm.entrypoints.cli_args import ServerConfig
+from vllm.entrypoints.server_config import ServerConfig
 from vllm.exceptions import InvalidRequestError, OverloadedError
 
 

@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 
 from vllm.audio import encode_all, lookup
+from vllm.entrypoints import llm
+from vllm.entrypoints.bosonai import api_server
 from vllm.entrypoints.bosonai.voices import OPENAI_VOICE_ALIASES, SHIPPED_PRESETS, VoiceLibrary
+from vllm.entrypoints.cli_args import parse_serve_args
+from vllm.entrypoints.llm import LLM
 from vllm.exceptions import ConfigError, InvalidRequestError, UnknownVoiceError
 
 HOP = 960
@@ -128,8 +132,28 @@ def test_default_is_flag_then_mark_then_first(tmp_path):
 
 
 def test_unknown_default_voice_is_refused():
-    with pytest.raises(ConfigError, match="default voice 'bob' is unknown"):
+    with pytest.raises(ConfigError, match=r"--default-voice bob: .* has en_woman, en_man"):
         make_library(default_voice="bob")
+
+
+def test_unreadable_presets_are_told_with_their_flag(tmp_path):
+    folder = write_presets(tmp_path, {"a": CLIP | {"audio_file": "none.wav"}})
+    with pytest.raises(ConfigError, match=rf"--voice-presets-dir {folder}: voice 'a'.*none.wav"):
+        VoiceLibrary.without_engine(folder)
+
+
+def test_the_server_checks_voices_before_it_makes_an_engine(monkeypatch):
+    monkeypatch.setattr(api_server, "AsyncLLM", lambda *_: pytest.fail("an engine was made"))
+    with pytest.raises(ConfigError, match=r"--default-voice bob: there is no such preset"):
+        api_server.create_engine(parse_serve_args(["--default-voice", "bob"]))
+
+
+def test_the_offline_engine_checks_voices_before_it_loads(monkeypatch, tmp_path):
+    monkeypatch.setattr(llm, "InprocClient", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError, match=r"--default-voice bob"):
+        LLM(default_voice="bob")
+    with pytest.raises(ConfigError, match=rf"--voice-presets-dir {tmp_path}: .*config.json"):
+        LLM(voices_dir=tmp_path)
 
 
 def test_scene_and_system_prompt_stand_beside_the_clip(tmp_path):

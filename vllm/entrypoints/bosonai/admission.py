@@ -18,8 +18,8 @@ from vllm.exceptions import InvalidRequestError, OverloadedError
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-    from vllm.entrypoints.cli_args import ServerConfig
     from vllm.entrypoints.openai.protocol import SamplingOptions
+    from vllm.entrypoints.server_config import ServerConfig
 
 __all__ = [
     "QUEUE_HEADERS",

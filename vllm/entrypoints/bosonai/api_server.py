@@ -232,15 +232,22 @@ def _add_audio_routes(app: FastAPI, serving: ServingAudio) -> None:
 
 
 def create_engine(args: ServeArgs) -> EngineClient:
-    """The real engine, not yet started."""
+    """The real engine, not yet started.
+
+    Raises:
+        ConfigError: the presets folder or the default voice is wrong.
+    """
+    server = args.server
+    # Loading may take minutes, so a wrong folder or voice is told before it.
+    VoiceLibrary.without_engine(server.presets_folder, default_voice=server.default_voice)
 
     def make_voices(info: EngineInfo) -> VoiceLibrary:
         return VoiceLibrary.for_engine(
             info,
-            folder=args.server.presets_folder,
-            store=open_store(args.server),
-            default_voice=args.server.default_voice,
-            refresh_interval_s=args.server.voice_presets_refresh_interval,
+            folder=server.presets_folder,
+            store=open_store(server),
+            default_voice=server.default_voice,
+            refresh_interval_s=server.voice_presets_refresh_interval,
         )
 
     return AsyncLLM(args.engine, make_voices)

@@ -28,7 +28,7 @@ from vllm.entrypoints.openai.errors import ERROR_REPLIES, to_response
 from vllm.entrypoints.openai.protocol import AudioSpeechRequest
 
 if TYPE_CHECKING:
-    from vllm.entrypoints.cli_args import ServerConfig
+    from vllm.entrypoints.server_config import ServerConfig
 
 __all__ = [
     "BatchItem",

@@ -32,7 +32,7 @@ from vllm.entrypoints.openai.protocol import (
 from vllm.exceptions import InvalidRequestError
 
 if TYPE_CHECKING:
-    from vllm.entrypoints.cli_args import ServerConfig
+    from vllm.entrypoints.server_config import ServerConfig
 
 __all__ = ["PROXY_HEADERS", "GenerateRequest", "add_proxy_routes"]
 

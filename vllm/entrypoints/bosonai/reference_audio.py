@@ -20,7 +20,7 @@ from vllm.entrypoints.bosonai.safe_fetch import FetchError, fetch
 from vllm.exceptions import InvalidRequestError
 
 if TYPE_CHECKING:
-    from vllm.entrypoints.cli_args import ServerConfig
+    from vllm.entrypoints.server_config import ServerConfig
     from vllm.v1.engine.messages import EngineInfo
 
 __all__ = ["ReferenceAudioLoader"]

@@ -25,9 +25,9 @@ from vllm import envs
 from vllm.audio import decode_clip, parse_data_url
 from vllm.entrypoints.bosonai.engine_host import EngineClient, EngineHost
 from vllm.entrypoints.bosonai.voice_store import StoredVoice, VoiceStore, id_of_name, new_id
-from vllm.entrypoints.cli_args import NO_STORE
 from vllm.entrypoints.openai.errors import ERROR_REPLIES
 from vllm.entrypoints.openai.protocol import Text
+from vllm.entrypoints.server_config import NO_STORE
 from vllm.exceptions import (
     HiggsAudioError,
     InvalidRequestError,
@@ -39,7 +39,7 @@ from vllm.prompts import SpeechPrompt
 from vllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from vllm.entrypoints.cli_args import ServerConfig
+    from vllm.entrypoints.server_config import ServerConfig
 
 __all__ = [
     "MULTIPART_PATHS",

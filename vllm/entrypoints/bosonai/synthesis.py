@@ -24,7 +24,7 @@ from vllm.exceptions import (
 from vllm.outputs import FinishReason, SpeechOutput
 
 if TYPE_CHECKING:
-    from vllm.entrypoints.cli_args import ServerConfig
+    from vllm.entrypoints.server_config import ServerConfig
     from vllm.prompts import SpeechPrompt
     from vllm.sampling_params import SamplingParams
     from vllm.v1.metrics import SpeechMetrics

@@ -58,6 +58,7 @@ _KEY_TYPES: dict[str, type] = {
 }
 
 _MAX_SHOWN_NAMES = 32
+_ANY_RATE_HZ = 24_000  # where no codec is loaded; lengths are shown in seconds
 _MAX_OPEN_UPLOADS = 32  # whose clips stay in memory; half a minute is 3 MB
 
 _Stamp = tuple[tuple[str, int, int], ...]  # (path, mtime in ns, size) of every file
@@ -152,6 +153,21 @@ class VoiceLibrary:
         except InvalidRequestError as error:
             logger.warning("requests that name no voice will be refused: %s", error)
         return library
+
+    @classmethod
+    def without_engine(
+        cls, folder: Path | None = None, *, default_voice: str | None = None
+    ) -> VoiceLibrary:
+        """Voices to look at before any codec is known; raises as the constructor does."""
+        return cls(
+            folder,
+            sample_rate=_ANY_RATE_HZ,
+            hop_length=1,
+            codec_fingerprint="",
+            num_codebooks=1,
+            can_encode=True,
+            default_voice=default_voice,
+        )
 
     @property
     def default_id(self) -> str:
@@ -260,8 +276,11 @@ class VoiceLibrary:
         logger.info("voices reread from %s: %s", self._folder, ", ".join(self._snapshot.voices))
 
     def _load(self, stamp: _Stamp) -> _Snapshot:
-        entries = _read_entries(self._folder / "config.json")
-        voices = {name: self._read_voice(name, entry) for name, entry in entries.items()}
+        try:
+            entries = _read_entries(self._folder / "config.json")
+            voices = {name: self._read_voice(name, entry) for name, entry in entries.items()}
+        except ConfigError as error:
+            raise ConfigError(f"--voice-presets-dir {self._folder}: {error}") from error
         default_id = self._choose_default(voices)
         voices = {
             name: replace(voice, is_default=name == default_id) for name, voice in voices.items()
@@ -276,8 +295,8 @@ class VoiceLibrary:
         chosen = _find(self._default_voice, voices, fallback=first)
         if chosen is None:
             raise ConfigError(
-                f"default voice {self._default_voice!r} is unknown; "
-                f"{self._folder} has {', '.join(voices)}"
+                f"--default-voice {self._default_voice}: there is no such preset; {self._folder} "
+                f"has {_shortened(list(voices))}, and OpenAI's names are known too"
             )
         return chosen
 

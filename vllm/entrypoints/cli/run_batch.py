@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from vllm.entrypoints.cli_args import (
     ServeArgs,
-    ServerConfig,
     add_engine_flags,
     normalize_flags,
     parse_engine_config,
 )
+from vllm.entrypoints.server_config import ServerConfig
 from vllm.exceptions import ConfigError, EngineDeadError, InvalidRequestError
 from vllm.logger import configure_logging
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from vllm.audio import FORMATS, MAX_SPEED, MIN_SPEED, TimeStretch, encode_all, lookup
 from vllm.config import EngineConfig
+from vllm.entrypoints.bosonai.voices import VoiceLibrary
 from vllm.entrypoints.cli_args import add_engine_flags, normalize_flags, parse_engine_config
-from vllm.exceptions import ConfigError
+from vllm.exceptions import ConfigError, UnknownVoiceError
 from vllm.logger import configure_logging
 from vllm.prompts import SpeechPrompt
 from vllm.sampling_params import SamplingParams
@@ -35,6 +36,7 @@ def run(argv: Sequence[str]) -> int:
         parser.error(str(error))
     _check_output(arguments.output)
     _check_speed(arguments.speed)
+    _check_voice(arguments.voice, arguments.voice_presets_dir)
     text = sys.stdin.read() if arguments.text == "-" else arguments.text
     prompt = SpeechPrompt(
         text=text,
@@ -84,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--voice", help="id or alias of a voice; default: the default voice")
     parser.add_argument(
-        "--voice-presets-dir", metavar="DIR", help="folder with config.json and clips"
+        "--voice-presets-dir", type=Path, metavar="DIR", help="folder with config.json and clips"
     )
     parser.add_argument("--seed", type=int, help="0 or more; drawn at random when absent")
     parser.add_argument("--temperature", type=float, default=SamplingParams.temperature)
@@ -116,6 +118,13 @@ def _check_output(path: Path) -> None:
 def _check_speed(speed: float) -> None:
     if not MIN_SPEED <= speed <= MAX_SPEED:
         raise ConfigError(f"--speed {speed:g}: {MIN_SPEED} to {MAX_SPEED}")
+
+
+def _check_voice(name: str | None, folder: Path | None) -> None:
+    try:
+        VoiceLibrary.without_engine(folder).resolve(name)
+    except UnknownVoiceError as error:
+        raise ConfigError(f"--voice {name}: {error}") from error
 
 
 def _write(output: SpeechOutput, path: Path, speed: float) -> float:

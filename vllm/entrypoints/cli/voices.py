@@ -12,8 +12,6 @@ from vllm.entrypoints.cli_args import normalize_flags
 
 __all__ = ["run"]
 
-_ANY_RATE_HZ = 24_000  # no codec is loaded; lengths are shown in seconds
-
 
 def run(argv: Sequence[str]) -> int:
     """Print one line per voice, then the aliases."""
@@ -25,14 +23,7 @@ def run(argv: Sequence[str]) -> int:
         help="folder with config.json and clips; default: the shipped voices",
     )
     arguments = parser.parse_args(normalize_flags(argv))
-    library = VoiceLibrary(
-        arguments.voice_presets_dir,
-        sample_rate=_ANY_RATE_HZ,
-        hop_length=1,
-        codec_fingerprint="",
-        num_codebooks=1,
-        can_encode=True,
-    )
+    library = VoiceLibrary.without_engine(arguments.voice_presets_dir)
     entries = library.list()
     for entry in entries:
         print(_line(entry))
