@@ -25,7 +25,9 @@ from fastapi.middleware.cors import CORSMiddleware
 
 import vllm
 from vllm import envs
+from vllm.audio import FORMATS
 from vllm.entrypoints.bosonai.admission import QUEUE_HEADERS
+from vllm.entrypoints.bosonai.api_document import DescribedApp
 from vllm.entrypoints.bosonai.batch_speech import add_batch_routes
 from vllm.entrypoints.bosonai.engine_host import EngineClient, EngineHost, HostState
 from vllm.entrypoints.bosonai.middleware import (
@@ -49,8 +51,16 @@ from vllm.entrypoints.bosonai.speech_reply import END_HEADERS, START_HEADERS
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.bosonai.voices import VoiceLibrary
 from vllm.entrypoints.cli_args import ServeArgs, parse_serve_args
-from vllm.entrypoints.openai.errors import ERROR_REPLIES, install_error_handlers
+from vllm.entrypoints.openai.errors import install_error_handlers
 from vllm.entrypoints.openai.protocol import AudioSpeechRequest
+from vllm.entrypoints.openai.reply_bodies import ModelCard, ModelList, VersionReport
+from vllm.entrypoints.openai.reply_docs import (
+    Replies,
+    bytes_of,
+    error_replies,
+    header_docs,
+    json_reply,
+)
 from vllm.exceptions import ConfigError, ModelNotFoundError
 from vllm.logger import configure_logging, get_logger
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -75,16 +85,19 @@ _EXPOSED_HEADERS = (
 )
 _NOISE_NOTICE = "random weights: this model makes noise, not speech"
 
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
-_SPEECH_REPLIES: dict[int | str, dict[str, Any]] = {
+_SPEECH_REPLIES: Replies = {
     200: {
         "description": "Audio in the format asked for, or server-sent events",
         "content": {
-            **{f"audio/{name}": _BINARY for name in ("mpeg", "opus", "aac", "flac", "wav", "pcm")},
+            **bytes_of(*(audio_format.media_type for audio_format in FORMATS.values())),
             "text/event-stream": {"schema": {"type": "string"}},
         },
+        "headers": header_docs((*START_HEADERS, *QUEUE_HEADERS), END_HEADERS),
     },
-    **ERROR_REPLIES,
+    **error_replies(400, 404, 499, 500, 503),
+}
+_METRICS_REPLIES: Replies = {
+    200: {"description": "The page", "content": {"text/plain": {"schema": {"type": "string"}}}}
 }
 
 
@@ -107,7 +120,8 @@ def build_app(args: ServeArgs, host: EngineHost) -> FastAPI:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     has_docs = not args.server.disable_fastapi_docs
-    app = FastAPI(
+    app = DescribedApp(
+        needs_key=bool(args.server.keys),
         title="higgs-audio-vllm",
         version=vllm.__version__,
         description="Text to speech over an OpenAI-compatible API.",
@@ -119,7 +133,7 @@ def build_app(args: ServeArgs, host: EngineHost) -> FastAPI:
     _add_version_route(app)
     metrics = SpeechMetrics(
         args.model_names[0],
-        lambda: host.engine.scheduler_stats() if host.state is HostState.READY else None,
+        lambda: host.engine.engine_stats() if host.state is HostState.READY else None,
     )
     _add_metrics_route(app, metrics)
     _add_model_routes(app, args, host)
@@ -179,13 +193,13 @@ def _add_foreign_middleware(app: FastAPI, path: str) -> None:
 
 
 def _add_version_route(app: FastAPI) -> None:
-    @app.get("/version")
+    @app.get("/version", responses=json_reply(VersionReport))
     async def version() -> dict[str, str]:
         return {"version": vllm.__version__}
 
 
 def _add_metrics_route(app: FastAPI, metrics: SpeechMetrics) -> None:
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=Response, responses=_METRICS_REPLIES)
     async def metrics_page() -> Response:
         """Counters and histograms in Prometheus' text form."""
         return Response(metrics.render(), media_type=CONTENT_TYPE)
@@ -211,11 +225,14 @@ def _add_model_routes(app: FastAPI, args: ServeArgs, host: EngineHost) -> None:
             fields["description"] = _NOISE_NOTICE
         return fields
 
-    @app.get("/v1/models", responses=ERROR_REPLIES)
+    @app.get("/v1/models", responses=json_reply(ModelList))
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [card(name) for name in args.model_names]}
 
-    @app.get("/v1/models/{model_id:path}", responses=ERROR_REPLIES)
+    @app.get(
+        "/v1/models/{model_id:path}",
+        responses={**json_reply(ModelCard), **error_replies(404)},
+    )
     async def retrieve_model(model_id: str) -> dict[str, Any]:
         if model_id not in args.model_names:
             raise ModelNotFoundError(

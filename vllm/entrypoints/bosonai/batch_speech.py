@@ -24,8 +24,10 @@ from vllm.entrypoints.bosonai.middleware import unless_client_leaves
 from vllm.entrypoints.bosonai.serving_audio import ServingAudio
 from vllm.entrypoints.bosonai.speech_reply import Ending, summary
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
-from vllm.entrypoints.openai.errors import ERROR_REPLIES, to_response
+from vllm.entrypoints.openai.errors import to_response
 from vllm.entrypoints.openai.protocol import AudioSpeechRequest
+from vllm.entrypoints.openai.reply_bodies import SpeechResults
+from vllm.entrypoints.openai.reply_docs import error_replies, json_reply
 
 if TYPE_CHECKING:
     from vllm.entrypoints.server_config import ServerConfig
@@ -144,7 +146,10 @@ def add_batch_routes(
 ) -> None:
     """Add ``POST /v1/audio/speech/batch``."""
 
-    @app.post("/v1/audio/speech/batch", responses=ERROR_REPLIES)
+    @app.post(
+        "/v1/audio/speech/batch",
+        responses={**json_reply(SpeechResults), **error_replies(400, 503)},
+    )
     async def create_speech_batch(body: SpeechBatchRequest, raw: Request) -> dict[str, Any]:
         """Speak up to 32 texts; each has a result of its own."""
         synthesizer.ready_engine()

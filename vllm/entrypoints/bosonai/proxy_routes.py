@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Body, FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vllm.entrypoints.bosonai.admission import ticket_maker
+from vllm.entrypoints.bosonai.admission import QUEUE_HEADERS, ticket_maker
 from vllm.entrypoints.bosonai.batch_speech import BatchItem, Failure, Spoken, speak_all
 from vllm.entrypoints.bosonai.middleware import unless_client_leaves
 from vllm.entrypoints.bosonai.service_routes import MODE
 from vllm.entrypoints.bosonai.serving_audio import ServingAudio
-from vllm.entrypoints.bosonai.speech_reply import summary
+from vllm.entrypoints.bosonai.speech_reply import END_HEADERS, START_HEADERS, summary
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
-from vllm.entrypoints.openai.errors import ERROR_REPLIES
 from vllm.entrypoints.openai.protocol import (
     AudioSpeechRequest,
     Name,
@@ -28,6 +27,14 @@ from vllm.entrypoints.openai.protocol import (
     RequestId,
     Text,
     TimeLimit,
+)
+from vllm.entrypoints.openai.reply_bodies import GenerateResults
+from vllm.entrypoints.openai.reply_docs import (
+    Replies,
+    bytes_of,
+    error_replies,
+    header_docs,
+    json_reply,
 )
 from vllm.exceptions import InvalidRequestError
 
@@ -40,12 +47,13 @@ PROXY_HEADERS = ("X-Generation-Time", "X-Concurrent-Requests", "X-Mode")
 
 _MAX_ITEMS = 64
 _USUAL_TRANSCRIPT = "Please speak naturally."  # the proxy's, for a clip that came without one
-_WAV: dict[int | str, dict[str, Any]] = {
+_WAV: Replies = {
     200: {
         "description": "A complete WAV file",
-        "content": {"audio/wav": {"schema": {"type": "string", "format": "binary"}}},
+        "content": bytes_of("audio/wav"),
+        "headers": header_docs((*START_HEADERS, *QUEUE_HEADERS, *END_HEADERS, *PROXY_HEADERS)),
     },
-    **ERROR_REPLIES,
+    **error_replies(400, 422, 499, 500, 503),
 }
 
 
@@ -118,7 +126,10 @@ def add_proxy_routes(
         response.headers.update(dict(zip(PROXY_HEADERS, values, strict=True)))
         return response
 
-    @app.post("/generate/batch", responses=ERROR_REPLIES)
+    @app.post(
+        "/generate/batch",
+        responses={**json_reply(GenerateResults), **error_replies(400, 422, 503)},
+    )
     async def generate_batch(
         body: Annotated[list[GenerateRequest], Body(max_length=_MAX_ITEMS)], raw: Request
     ) -> dict[str, Any]:

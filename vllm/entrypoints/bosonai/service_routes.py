@@ -18,7 +18,17 @@ from starlette.exceptions import HTTPException
 from vllm.entrypoints.bosonai.admission import owner_of
 from vllm.entrypoints.bosonai.engine_host import EngineHost, HostState
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
-from vllm.entrypoints.openai.errors import ERROR_REPLIES, to_response
+from vllm.entrypoints.openai.errors import to_response
+from vllm.entrypoints.openai.reply_bodies import (
+    Cancellation,
+    HealthReport,
+    LoadReport,
+    QueueReport,
+    StatsReport,
+    StatusReport,
+    UnwellReport,
+)
+from vllm.entrypoints.openai.reply_docs import Replies, error_replies, json_reply
 from vllm.exceptions import HiggsAudioError
 
 if TYPE_CHECKING:
@@ -32,6 +42,17 @@ _HEALTH_STATUS = {
     HostState.READY: "ok",
     HostState.LOADING: "not_ready",
     HostState.DEAD: "degraded",
+}
+
+
+_HEALTH_REPLIES: Replies = {
+    **json_reply(HealthReport, "Requests are served"),
+    503: {**error_replies(503)[503], "model": UnwellReport},
+}
+_PING_REPLIES: Replies = {
+    200: {"description": "Requests are served", "content": {}},
+    204: {"description": "The model is loading"},
+    **error_replies(503),
 }
 
 
@@ -56,7 +77,7 @@ def _add_health_routes(
     app: FastAPI, args: ServeArgs, host: EngineHost, synthesizer: Synthesizer
 ) -> None:
     @app.head("/health", include_in_schema=False)
-    @app.get("/health", response_class=JSONResponse, responses=ERROR_REPLIES)
+    @app.get("/health", response_class=JSONResponse, responses=_HEALTH_REPLIES)
     async def health(raw: Request) -> Response:
         """200 when requests are served, 503 while loading and when the engine is gone."""
         state = host.state
@@ -76,7 +97,7 @@ def _add_health_routes(
         return JSONResponse({**fields, **await _audio_facts(host)})
 
     @app.head("/ping", include_in_schema=False)
-    @app.get("/ping", response_class=Response, responses={204: {"description": "Loading"}})
+    @app.get("/ping", response_class=Response, responses=_PING_REPLIES)
     async def ping() -> Response:
         """200 when requests are served, 204 while loading, 503 when the engine is gone."""
         if host.state is HostState.LOADING:
@@ -84,7 +105,7 @@ def _add_health_routes(
         host.ready_engine()
         return Response()
 
-    @app.get("/stats")
+    @app.get("/stats", responses=json_reply(StatsReport))
     async def stats() -> dict[str, Any]:
         """Synthesis requests over all routes since the start."""
         average = synthesizer.admission.counts.avg_generation_time_s
@@ -94,7 +115,7 @@ def _add_health_routes(
 def _add_load_routes(app: FastAPI, host: EngineHost, synthesizer: Synthesizer) -> None:
     admission = synthesizer.admission
 
-    @app.get("/status")
+    @app.get("/status", responses=json_reply(StatusReport))
     async def status() -> dict[str, Any]:
         """Whether a balancer may send requests here, and how full the server is."""
         if host.state is not HostState.READY:
@@ -116,20 +137,20 @@ def _add_load_routes(app: FastAPI, host: EngineHost, synthesizer: Synthesizer) -
             },
         }
 
-    @app.get("/load")
+    @app.get("/load", responses=json_reply(LoadReport))
     async def load() -> dict[str, int]:
         """Open synthesis requests, as vLLM's servers tell it."""
         return {"server_load": admission.num_open}
 
 
 def _add_queue_routes(app: FastAPI, args: ServeArgs, synthesizer: Synthesizer) -> None:
-    @app.get("/queue")
+    @app.get("/queue", responses=json_reply(QueueReport))
     async def queue() -> dict[str, Any]:
         """Ids of the requests that have not started, the next one first."""
         pending = [ticket.request_id for ticket in synthesizer.admission.queued()]
         return {"pending_requests": pending, "queue_depth": len(pending)}
 
-    @app.post("/cancel", responses=ERROR_REPLIES)
+    @app.post("/cancel", responses={**json_reply(Cancellation), **error_replies(400, 404, 503)})
     async def cancel(body: CancelRequest, raw: Request) -> dict[str, Any]:
         """End queued and running requests by their id; they must have come with the same key."""
         num_cancelled = await synthesizer.cancel(body.request_id, owner_of(raw, args.server))

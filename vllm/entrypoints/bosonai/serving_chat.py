@@ -24,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from vllm.audio import lookup
+from vllm.entrypoints.bosonai.admission import QUEUE_HEADERS
 from vllm.entrypoints.bosonai.middleware import unless_client_leaves
 from vllm.entrypoints.bosonai.recent_replies import RecentReplies
 from vllm.entrypoints.bosonai.reference_audio import ReferenceAudioLoader
@@ -34,6 +35,8 @@ from vllm.entrypoints.bosonai.serving_audio import (
     log_ignored_fields,
 )
 from vllm.entrypoints.bosonai.speech_reply import (
+    END_HEADERS,
+    START_HEADERS,
     Ending,
     SpeechReply,
     StreamedReply,
@@ -42,7 +45,9 @@ from vllm.entrypoints.bosonai.speech_reply import (
 )
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.openai.chat_protocol import ChatCompletionRequest, ReferenceTurn
-from vllm.entrypoints.openai.errors import ERROR_REPLIES, error_body
+from vllm.entrypoints.openai.errors import error_body
+from vllm.entrypoints.openai.reply_bodies import ChatCompletion
+from vllm.entrypoints.openai.reply_docs import Replies, error_replies, header_docs
 from vllm.exceptions import EngineError, HiggsAudioError, InvalidRequestError
 from vllm.logger import get_logger
 from vllm.outputs import FinishReason, SpeechOutput
@@ -346,15 +351,14 @@ def _event(payload: Mapping[str, Any]) -> bytes:
     return f"data: {json.dumps(payload, separators=(',', ':'))}\n\n".encode()
 
 
-_REPLIES: dict[int | str, dict[str, Any]] = {
+_REPLIES: Replies = {
     200: {
+        "model": ChatCompletion,
         "description": "A completion whose message is audio, or its chunks",
-        "content": {
-            "application/json": {"schema": {"type": "object"}},
-            "text/event-stream": {"schema": {"type": "string"}},
-        },
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "headers": header_docs((*START_HEADERS, *QUEUE_HEADERS), END_HEADERS),
     },
-    **ERROR_REPLIES,
+    **error_replies(400, 404, 499, 500, 503),
 }
 
 

@@ -25,8 +25,15 @@ from vllm import envs
 from vllm.audio import decode_clip, parse_data_url
 from vllm.entrypoints.bosonai.engine_host import EngineClient, EngineHost
 from vllm.entrypoints.bosonai.voice_store import StoredVoice, VoiceStore, id_of_name, new_id
-from vllm.entrypoints.openai.errors import ERROR_REPLIES
 from vllm.entrypoints.openai.protocol import Text
+from vllm.entrypoints.openai.reply_bodies import (
+    DeletedVoice,
+    PromptId,
+    Removal,
+    VoiceList,
+    VoiceObject,
+)
+from vllm.entrypoints.openai.reply_docs import Replies, error_replies, json_reply
 from vllm.entrypoints.server_config import NO_STORE
 from vllm.exceptions import (
     HiggsAudioError,
@@ -134,6 +141,14 @@ _UPLOAD_BODY: dict[str, Any] = {
         },
     }
 }
+
+
+_UPLOAD_REPLIES: Replies = {
+    **json_reply(VoiceObject, "The voice may be used at once"),
+    **error_replies(400, 403, 409, 500, 503),
+}
+_LIST_ERRORS = error_replies(500, 503)
+_DELETION_ERRORS = error_replies(400, 403, 404, 500, 503)
 
 
 class _VoiceKeeper:
@@ -270,17 +285,20 @@ def add_voice_routes(
 
 
 def _add_openai_routes(app: FastAPI, host: EngineHost, keeper: _VoiceKeeper) -> None:
-    @app.get("/v1/audio/voices", responses=ERROR_REPLIES)
+    @app.get("/v1/audio/voices", responses={**json_reply(VoiceList), **_LIST_ERRORS})
     async def list_voices() -> dict[str, Any]:
         """Presets first, then uploads."""
         return {"object": "list", "voices": await _voices(host)}
 
-    @app.post("/v1/audio/voices", responses=ERROR_REPLIES, openapi_extra=_UPLOAD_BODY)
+    @app.post("/v1/audio/voices", responses=_UPLOAD_REPLIES, openapi_extra=_UPLOAD_BODY)
     async def create_voice(raw: Request) -> dict[str, Any]:
         """Keep a clip or a description as a voice."""
         return _voice_object(await keeper.create(await _read_upload(raw)))
 
-    @app.delete("/v1/audio/voices/{voice_id}", responses=ERROR_REPLIES)
+    @app.delete(
+        "/v1/audio/voices/{voice_id}",
+        responses={**json_reply(DeletedVoice), **_DELETION_ERRORS},
+    )
     async def delete_voice(voice_id: str) -> dict[str, Any]:
         """Remove an uploaded voice."""
         await keeper.delete(voice_id)
@@ -288,17 +306,20 @@ def _add_openai_routes(app: FastAPI, host: EngineHost, keeper: _VoiceKeeper) -> 
 
 
 def _add_older_routes(app: FastAPI, host: EngineHost, keeper: _VoiceKeeper) -> None:
-    @app.get("/voices", responses=ERROR_REPLIES)
+    @app.get("/voices", responses={**json_reply(list[str]), **_LIST_ERRORS})
     async def list_names() -> list[str]:
         """Ids alone."""
         return [voice["id"] for voice in await _voices(host)]
 
-    @app.post("/voices", responses=ERROR_REPLIES, openapi_extra=_UPLOAD_BODY)
+    @app.post("/voices", responses=_UPLOAD_REPLIES, openapi_extra=_UPLOAD_BODY)
     async def create_voice_here(raw: Request) -> dict[str, Any]:
         """The same as ``POST /v1/audio/voices``."""
         return _voice_object(await keeper.create(await _read_upload(raw)))
 
-    @app.post("/add_prompt", responses=ERROR_REPLIES)
+    @app.post(
+        "/add_prompt",
+        responses={**json_reply(PromptId), **error_replies(400, 403, 409, 500, 503)},
+    )
     async def add_prompt(body: AddPromptRequest) -> dict[str, str]:
         """Keep a clip as a voice without a name; its id may be sent as ``voice``."""
         prompt_id = new_id()
@@ -306,7 +327,7 @@ def _add_older_routes(app: FastAPI, host: EngineHost, keeper: _VoiceKeeper) -> N
         await keeper.keep_clip(body.wav_base64, "wav_base64", voice_id=prompt_id, upload=upload)
         return {"prompt_id": prompt_id}
 
-    @app.post("/remove_prompt", responses=ERROR_REPLIES)
+    @app.post("/remove_prompt", responses={**json_reply(Removal), **_DELETION_ERRORS})
     async def remove_prompt(body: RemovePromptRequest) -> dict[str, str]:
         """Remove what ``/add_prompt`` kept."""
         await keeper.delete(body.prompt_id)

@@ -14,7 +14,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from vllm.exceptions import (
@@ -27,7 +26,6 @@ from vllm.exceptions import (
 from vllm.logger import get_logger
 
 __all__ = [
-    "ERROR_REPLIES",
     "error_body",
     "error_response",
     "install_error_handlers",
@@ -36,31 +34,6 @@ __all__ = [
 
 logger = get_logger(__name__)
 
-
-class _ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class _ErrorBody(BaseModel):
-    """Every failure, with the older flat keys beside ``error``."""
-
-    error: _ErrorDetail
-    object: str
-    message: str
-    type: str
-    param: str | None
-    code: int
-    detail: str
-
-
-# for the OpenAPI document
-ERROR_REPLIES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": _ErrorBody, "description": "The request is wrong"},
-    "5XX": {"model": _ErrorBody, "description": "The server cannot answer"},
-}
 
 _RETRY_AFTER_S = 5.0
 _MAX_SHOWN = 200  # characters of a refused value that a message repeats
@@ -79,7 +52,6 @@ _KINDS: dict[int, tuple[str, str, str]] = {
     429: ("rate_limit_error", "RateLimitError", "rate_limit_exceeded"),
     499: ("invalid_request_error", "RequestAbortedError", "aborted"),
     503: ("service_unavailable_error", "ServiceUnavailableError", "unavailable"),
-    504: ("timeout_error", "GatewayTimeoutError", "deadline_exceeded"),
 }
 _OTHER_4XX = ("invalid_request_error", "BadRequestError", "invalid_request")
 _OTHER_5XX = ("server_error", "InternalServerError", "internal_error")
