@@ -34,7 +34,8 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 FROM ${DEVICE}
-COPY pyproject.toml setup.py README.md LICENSE ./
+COPY pyproject.toml setup.py CMakeLists.txt README.md LICENSE ./
+COPY csrc csrc
 COPY vllm vllm
 RUN pip install --constraint constraints.txt --editable .
 USER speech

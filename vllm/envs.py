@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     VLLM_LOGGING_LEVEL: str
     VLLM_KEEP_ALIVE_ON_ENGINE_DEATH: bool
     VLLM_AUDIO_FETCH_TIMEOUT: float
+    VLLM_NATIVE: bool
+    VLLM_CPU_ISA: str | None
     HF_HUB_OFFLINE: bool
 
 __all__ = ["check", "describe", "names"]
@@ -31,9 +33,11 @@ def _text(name: str, default: str | None) -> str | None:
     return value or default
 
 
-def _flag(name: str) -> bool:
+def _flag(name: str, *, default: bool = False) -> bool:
     value = os.environ.get(name, "").strip().lower()
-    if value in {"", "0", "false", "no", "off"}:
+    if value == "":
+        return default
+    if value in {"0", "false", "no", "off"}:
         return False
     if value in {"1", "true", "yes", "on"}:
         return True
@@ -86,6 +90,14 @@ _VARIABLES: dict[str, tuple[Callable[[], Any], str]] = {
     "VLLM_AUDIO_FETCH_TIMEOUT": (
         lambda: _seconds("VLLM_AUDIO_FETCH_TIMEOUT", 10.0),
         "seconds to wait for a reference clip given by URL; default 10",
+    ),
+    "VLLM_NATIVE": (
+        lambda: _flag("VLLM_NATIVE", default=True),
+        "use the native CPU library when it is there; 0 computes with torch alone",
+    ),
+    "VLLM_CPU_ISA": (
+        lambda: _text("VLLM_CPU_ISA", None),
+        "instruction set of the native library: baseline, avx2 or avx512 (neon on Arm); default the best",
     ),
     "HF_HUB_OFFLINE": (
         lambda: _flag("HF_HUB_OFFLINE"),

@@ -1,0 +1,36 @@
+// Vectors of the instruction set that a kernel is compiled for, under names that mean the same on
+// all of them. The only place where kernels meet intrinsics.
+//
+//   F32            kLanes floats; + - * / work lane by lane
+//   I32            kLanes 32-bit integers; + and -
+//   fma(a, b, c)   a * b + c, rounded once where the processor can, in the same way every time
+//   sum, max_of    over the lanes, always in the same order
+//   *_up_to        only the first `count` lanes; the others are 0 on loading and stay unwritten
+//
+// Compiled with -ffp-contract=off: what is written decides what is rounded, not the optimiser.
+// Everything here is forced inline, because code of a wide instruction set that the linker merged
+// with that of a narrow one would crash on old processors. For the same reason kernels use no
+// containers or algorithms of the standard library.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define HAV_INLINE inline __attribute__((always_inline))
+
+#if defined(HAV_SIMD_AVX512)
+#include "simd/avx512.h"
+#elif defined(HAV_SIMD_AVX2)
+#include "simd/avx2.h"
+#elif defined(HAV_SIMD_NEON)
+#include "simd/neon.h"
+#else
+#include "simd/baseline.h"
+#endif
+
+namespace hav::HAV_ISA {
+
+HAV_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+
+}  // namespace hav::HAV_ISA
