@@ -123,6 +123,22 @@ def test_other_content_types(live: Any, content_type: str) -> None:
     assert reply.json()["error"]["code"] == "unsupported_media_type"
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("PUT", "/v1/models", 405), ("POST", "/health", 405), ("POST", "/no", 404)],
+)
+def test_a_missing_route_is_told_before_a_wrong_content_type(
+    live: Any, method: str, path: str, status: int
+) -> None:
+    assert live.client.request(method, path, content=b"x").status_code == status
+
+
+def test_a_wrong_method_is_told_all_that_there_are(live: Any) -> None:
+    reply = live.client.request("PUT", "/v1/audio/voices", json={})
+    assert reply.status_code == 405
+    assert reply.headers["allow"] == "GET, POST"
+
+
 def test_a_body_that_is_too_large(start_server: Any) -> None:
     server = start_server(None, "--max-body-mib", "0.01")
     body = json.dumps({"input": "a", "x": "y" * 20_000}).encode()

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm.entrypoints.openai.errors import error_response, to_response
@@ -230,7 +231,7 @@ class BodyRulesMiddleware:
         headers = Headers(scope=scope)
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         takes_forms = _path_of(scope) in self._multipart_paths
-        if kind != _JSON and not (takes_forms and kind == _FORM):
+        if kind != _JSON and not (takes_forms and kind == _FORM) and _has_route(scope):
             allowed = f"'{_JSON}' and '{_FORM}' are" if takes_forms else f"'{_JSON}' is"
             response = error_response(415, f"Unsupported Media Type: Only {allowed} allowed")
             await response(scope, receive, send)
@@ -257,6 +258,11 @@ class BodyRulesMiddleware:
     def _too_large(self) -> HTTPException:
         limit_mib = self._max_bytes / 2**20
         return HTTPException(413, f"the body is larger than {limit_mib:g} MiB (--max-body-mib)")
+
+
+def _has_route(scope: Scope) -> bool:
+    """Whether some route takes this path and method; if none does, that is the thing to say."""
+    return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes)
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:

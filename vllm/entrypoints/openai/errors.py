@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from vllm.exceptions import (
     EngineError,
@@ -116,10 +117,22 @@ def install_error_handlers(app: FastAPI) -> None:
     """Answer every exception of ``app`` in this module's form."""
 
     async def handle(raw: Request, error: Exception) -> JSONResponse:
-        return to_response(error, validation_status=_validation_status(raw))
+        reply = to_response(error, validation_status=_validation_status(raw))
+        if reply.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            reply.headers["Allow"] = ", ".join(sorted(_methods_here(raw)))
+        return reply
 
     for kind in (HiggsAudioError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
+
+
+def _methods_here(raw: Request) -> set[str]:
+    """Methods of every route of this path; Starlette tells those of the first one only."""
+    found: set[str] = set()
+    for route in raw.app.routes:
+        if route.matches(raw.scope)[0] is not Match.NONE:
+            found |= route.methods
+    return found
 
 
 def _validation_status(raw: Request) -> int:
