@@ -17,7 +17,7 @@ from vllm.outputs import FinishReason
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.messages import EngineCoreRequest
-from vllm.v1.outputs import AudioChunk
+from vllm.v1.outputs import AudioChunk, CodecStats
 from vllm.v1.worker import worker as worker_module
 from vllm.v1.worker.codec_runner import CodecResults
 
@@ -54,6 +54,12 @@ class NullCodecRunner:
 
     def has_work(self) -> bool:
         return bool(self._chunks)
+
+    def stats(self) -> CodecStats:
+        return CodecStats()
+
+    def reset_stats(self) -> None:
+        pass
 
     def shutdown(self) -> None:
         pass

@@ -19,9 +19,10 @@ from vllm.entrypoints.bosonai.engine_host import EngineHost
 from vllm.entrypoints.cli_args import parse_serve_args
 from vllm.exceptions import EngineDeadError, UnknownVoiceError
 from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
+from vllm.player import VirtualPlayer
 from vllm.prompts import SpeechPrompt, Voice
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine.messages import EngineInfo, SchedulerStats
+from vllm.v1.engine.messages import EngineInfo, EngineStats, SchedulerStats
 
 SAMPLE_RATE = 24_000
 HOP = 960
@@ -71,6 +72,7 @@ class FakeEngine:
     seen: list[tuple[SpeechPrompt, SamplingParams, str]] = field(default_factory=list)
     timeouts: list[float | None] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
+    players: list[VirtualPlayer | None] = field(default_factory=list)
     max_num_seqs: int = 16
     to_abort: set[str] = field(default_factory=set)
     aborted: list[str] = field(default_factory=list)
@@ -112,8 +114,8 @@ class FakeEngine:
         while not self.is_dead:
             await asyncio.sleep(0.005)
 
-    def scheduler_stats(self) -> SchedulerStats:
-        return SchedulerStats(num_running=self._open, prefix_cache_hits=3)
+    def engine_stats(self) -> EngineStats:
+        return EngineStats(SchedulerStats(num_running=self._open, prefix_cache_hits=3))
 
     async def shutdown(self) -> None:
         self.is_ready = False
@@ -126,10 +128,12 @@ class FakeEngine:
         *,
         timeout_s: float | None = None,
         priority: int = 0,
+        player: VirtualPlayer | None = None,
     ) -> AsyncIterator[SpeechOutput]:
         self.seen.append((prompt, params, request_id))
         self.timeouts.append(timeout_s)
         self.priorities.append(priority)
+        self.players.append(player)
         if self.fail_before is not None:
             raise self.fail_before
         seed = RANDOM_SEED if params.seed is None else params.seed

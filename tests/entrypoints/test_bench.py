@@ -48,7 +48,7 @@ def test_texts_voice_and_fields_reach_the_server(live: Any, tmp_path: Path) -> N
     assert status == 0
     seen = live.engine.seen[num_before:]
     assert [prompt.text for prompt, _, _ in seen] == ["One.", "Two.", "One.", "Two."]
-    assert {(p.voice, p.instructions) for p, _, _ in seen} == {("en_man", "Calm.")}
+    assert {(p.voice.voice_id, p.instructions) for p, _, _ in seen} == {("en_man", "Calm.")}
     assert {(params.max_tokens, params.temperature) for _, params, _ in seen} == {(40, 0.5)}
 
 

@@ -249,7 +249,7 @@ def test_an_earlier_reply_is_named_by_its_id(live: Any) -> None:
     assert reply.headers["x-voice"] == "en_man"
     prompt = live.engine.seen[-1][0]
     [turn] = prompt.history
-    assert (prompt.text, prompt.voice, prompt.ref_audio) == ("And now?", "onyx", None)
+    assert (prompt.text, prompt.voice.voice_id, prompt.ref_audio) == ("And now?", "en_man", None)
     assert (turn.text, turn.clip.codes.shape) == (TEXT, (8, 24))
 
 
@@ -561,3 +561,26 @@ def test_openai_package_hears_of_a_failure_amid_a_stream(
                 model="tts-1", messages=[{"role": "user", "content": TEXT}], stream=True
             )
         )
+
+
+def test_speakers_of_a_chat_have_voices(start_server: Any) -> None:
+    server = start_server()
+    line = {"role": "user", "content": "[SPEAKER0] Hi."}
+    reply = chat(server, line, audio={"voices": {"SPEAKER0": "onyx"}})
+    assert reply.headers["x-voice"] == "en_man"
+    prompt = server.engine.seen[-1][0]
+    assert prompt.voices["SPEAKER0"].voice_id == "en_man"
+    error = refusal(server, line, audio={"voices": {"SPEAKER0": "nobody"}})
+    assert error["param"] == "audio.voices"
+    assert "voices.SPEAKER0: voice 'nobody' is unknown" in error["message"]
+
+
+def test_a_clip_goes_before_the_speakers(start_server: Any) -> None:
+    server = start_server()
+    line = {"role": "user", "content": "[SPEAKER0] Hi."}
+    turns = [*spoken("input_audio", wav()), line]
+    reply = chat(server, *turns, audio={"voices": {"SPEAKER0": "onyx"}})
+    assert reply.status_code == 200
+    prompt = server.engine.seen[-1][0]
+    assert prompt.ref_audio is None
+    assert len(prompt.history) == 1

@@ -78,7 +78,7 @@ def test_extra_body(client: openai.OpenAI, live: Any) -> None:
         extra_body={"seed": 8, "ras_win_len": 0},
     )
     prompt, params, _ = live.engine.seen[-1]
-    assert (prompt.voice, prompt.instructions) == ("en_man", "Calm.")
+    assert (prompt.voice.voice_id, prompt.instructions) == ("en_man", "Calm.")
     assert (params.seed, params.uses_ras) == (8, False)
 
 

@@ -162,3 +162,8 @@ def test_a_batch_larger_than_the_limit_takes_turns(start_server: Any, fake_engin
     reply = server.client.post("/generate/batch", json=[{"text": "a"}] * 12).json()
     assert reply["successful"] == 12
     assert server.client.get("/stats").json()["peak_concurrent"] == 2
+
+
+def test_speakers_of_the_proxy_have_voices(live: Any) -> None:
+    body = {"text": "[SPEAKER0] Hi.", "voices": {"SPEAKER0": "onyx"}}
+    assert live.client.post("/generate", json=body).headers["x-voice"] == "en_man"

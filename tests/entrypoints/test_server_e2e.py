@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import HiggsAudioV2ForConditionalGeneration
 
 from vllm.checkpoints import run_make
@@ -104,6 +106,17 @@ class RealServer:
         assert reply.status_code == 200, reply.text
         audio: dict[str, Any] = reply.json()["choices"][0]["message"]["audio"]
         return audio
+
+    def metrics(self) -> dict[str, float]:
+        """Every counter and every histogram's sum and count, over all labels but ``le``."""
+        values: dict[str, float] = {}
+        page = self.client.get("/metrics").text
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                if sample.name.endswith(("_total", "_sum", "_count")):
+                    name = sample.name.removeprefix("vllm:")
+                    values[name] = values.get(name, 0) + sample.value
+        return values
 
     def close(self) -> None:
         self.client.close()
@@ -234,6 +247,67 @@ def test_a_client_that_leaves_frees_its_place(server: RealServer) -> None:
         lambda: re.search(r"num_requests_running\{[^}]*\} 0\.0", server.client.get("/metrics").text)
     )
     assert server.pcm()
+
+
+def test_metrics_of_requests_at_once_add_up(server: RealServer) -> None:
+    """Every total is what the replies say of themselves."""
+
+    def clip(seed: int) -> dict[str, Any]:
+        tone = np.sin(np.arange(24_000) / (5 + seed)) * 8000
+        encoded = base64.b64encode(wav_of(tone.astype("<i2").tobytes())).decode()
+        return {"ref_audio": encoded, "ref_text": "A tone."}
+
+    bodies = [
+        {"stream": False},
+        {"stream": False, "max_tokens": 33, "seed": 1},
+        {"stream": False, "input": "Something else.", **clip(1)},
+        {"stream_format": "sse", "input": "A text for events."},
+        {"stream_format": "sse", "speed": 2.0, **clip(1)},
+        {"stream_format": "sse", "max_tokens": 100, **clip(2)},
+    ]
+
+    def speak(fields: dict[str, Any]) -> dict[str, int]:
+        body = {**REQUEST, "response_format": "pcm", **fields}
+        reply = server.client.post("/v1/audio/speech", json=body)
+        assert reply.status_code == 200, reply.text
+        if "stream_format" in fields:
+            usage: dict[str, int] = json.loads(reply.text.rsplit("data: ", 1)[1])["usage"]
+            return usage
+        names = ("prompt_tokens", "completion_tokens", "audio_tokens")
+        return {name: int(reply.headers[f"x-usage-{name.replace('_', '-')}"]) for name in names}
+
+    before = server.metrics()
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        usages = list(pool.map(speak, bodies))
+    after = server.metrics()
+    grown = {name: value - before[name] for name, value in after.items()}
+    num = len(bodies)
+    prompt, completion, audio = (
+        sum(usage[name] for usage in usages)
+        for name in ("prompt_tokens", "completion_tokens", "audio_tokens")
+    )
+
+    assert grown["request_success_total"] == num
+    assert grown["prompt_tokens_total"] == grown["request_prompt_tokens_sum"] == prompt
+    assert grown["generation_tokens_total"] == grown["request_generation_tokens_sum"] == completion
+    assert grown["audio_seconds_total"] == pytest.approx(audio / 25)
+    for name in ("e2e_request_latency", "time_to_first_audio", "request_queue_time"):
+        assert grown[f"{name}_seconds_count"] == num
+    # Every position was computed once, but for those found in the cache and the BOS frames.
+    assert grown["gpu_prefix_cache_queries_total"] == prompt
+    cached = grown["gpu_prefix_cache_hits_total"]
+    assert grown["iteration_tokens_total_sum"] == prompt - cached + completion - num
+    assert grown["num_preemptions_total"] == 0
+    # Windows of 4, 8, 16, 25, 25 ... frames.
+    ends = (0, 4, 12, 28, 53, 78, 103)
+    num_windows = sum(end < usage["audio_tokens"] for usage in usages for end in ends)
+    assert grown["codec_windows_total"] == num_windows
+    assert grown["codec_decode_seconds_total"] > 0
+    # Preset voices bring a clip as well, so that every request asks for one.
+    assert grown["clip_cache_queries_total"] == num
+    assert grown["codec_clips_total"] == num - grown["clip_cache_hits_total"] >= 2
+    assert grown["player_streams_total"] == 3
+    assert grown["player_underruns_total"] == grown["player_stall_seconds_count"]
 
 
 def test_the_http_process_is_light(server: RealServer) -> None:

@@ -34,7 +34,7 @@ from vllm.entrypoints.openai import AudioSpeechRequest
 from vllm.entrypoints.openai.chat_protocol import ChatCompletionRequest
 from vllm.entrypoints.server_config import ServerConfig
 from vllm.outputs import FinishReason
-from vllm.v1.engine.messages import SchedulerStats
+from vllm.v1.engine.messages import EngineStats, SchedulerStats
 from vllm.v1.metrics import SpeechMetrics
 
 
@@ -102,7 +102,11 @@ def test_statuses(repo_root: Path, status: int) -> None:
 
 
 def test_metrics(code_spans: set[str]) -> None:
-    page = SpeechMetrics("m", SchedulerStats).render().decode()
+    page = (
+        SpeechMetrics("m", lambda: EngineStats(SchedulerStats(step_token_counts=(1,))))
+        .render()
+        .decode()
+    )
     names = set()
     for family in text_string_to_metric_families(page):
         names.add(family.name + ("_total" if family.type == "counter" else ""))

@@ -303,7 +303,7 @@ def test_request_fields_reach_the_engine(start_server: Any) -> None:
         max_new_tokens=50,
     )
     prompt, params, request_id = server.engine.seen[-1]
-    assert (prompt.text, prompt.voice, prompt.language) == (TEXT, "de_man", "de")
+    assert (prompt.text, prompt.voice.voice_id, prompt.language) == (TEXT, "de_man", "de")
     assert (prompt.instructions, prompt.system_prompt) == ("whisper", "S")
     assert prompt.normalize is False
     assert (params.temperature, params.max_tokens, params.uses_ras) == (0.3, 50, False)
@@ -377,3 +377,43 @@ def test_http_urls_where_they_are_allowed(start_server: Any) -> None:
     assert "fetched" not in reply.json()["error"]["message"]
     reply = speak(server, ref_audio=f"{server.url}/nowhere", ref_text="W.")
     assert "status 404" in reply.json()["error"]["message"]
+
+
+DIALOGUE = "[SPEAKER0] Hi. [SPEAKER1] Ho."
+
+
+def test_each_speaker_has_a_voice(start_server: Any) -> None:
+    server = start_server()
+    voices = {"SPEAKER0": "onyx", "SPEAKER1": {"id": "de_man"}, "SPEAKER2": "en_woman"}
+    reply = speak(server, input=DIALOGUE, voices=voices, voice="alloy")
+    assert reply.status_code == 200
+    assert reply.headers["x-voice"] == "en_man,de_man"
+    prompt = server.engine.seen[-1][0]
+    heard = {speaker: voice.voice_id for speaker, voice in prompt.voices.items()}
+    assert heard == {"SPEAKER0": "en_man", "SPEAKER1": "de_man", "SPEAKER2": "en_woman"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"voices": {"SPEAKER0": "onyx"}}, "voices", "names SPEAKER1, who has no voice"),
+        ({"voices": {"SPEAKER0": "x", "SPEAKER1": "onyx"}}, "voices", "voices.SPEAKER0: voice 'x'"),
+        ({"voices": {"A": "onyx"}}, "voices", "names 'A'; its keys are SPEAKER0"),
+        ({"voices": {"SPEAKER0": 5}}, "voices", "voices=5 is not allowed"),
+        ({"voices": ["onyx"]}, "voices", "should be a valid dictionary"),
+        ({"voices": {f"SPEAKER{i}": "onyx" for i in range(17)}}, "voices", "at most 16"),
+        ({"input": "Hi.", "voices": {"SPEAKER0": "onyx"}}, "input", "as [SPEAKER0]"),
+    ],
+)
+def test_voices_that_do_not_fit_are_refused(
+    live: Any, fields: dict[str, Any], param: str, words: str
+) -> None:
+    reply = speak(live, **{"input": DIALOGUE, **fields})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == param
+    assert words in reply.json()["error"]["message"]
+
+
+def test_no_voices_are_as_none(live: Any) -> None:
+    plain = pcm(live, seed=3)
+    assert pcm(live, seed=3, voices=None) == pcm(live, seed=3, voices={}) == plain

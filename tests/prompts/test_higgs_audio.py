@@ -7,7 +7,15 @@ import pytest
 from tokenizers import Tokenizer
 
 from vllm.exceptions import ConfigError, InvalidRequestError
-from vllm.prompts import HiggsAudioPromptBuilder, PromptClip, SpokenTurn, TextTokenizer, Voice
+from vllm.prompts import (
+    HiggsAudioPromptBuilder,
+    PromptClip,
+    Speaker,
+    SpeechPrompt,
+    SpokenTurn,
+    TextTokenizer,
+    Voice,
+)
 
 BARE = Voice(voice_id="bare", name="Bare")
 NUM_CODEBOOKS = 8
@@ -204,3 +212,91 @@ def test_finished_prompt_must_open_audio(builder, ids):
 
 def test_count_tokens(builder, tokenizer):
     assert builder.count_tokens("Hello there.") == len(tokenizer.encode("Hello there."))
+
+
+def test_speakers_with_clips_are_turns_of_their_own(builder, render):
+    first, second = make_clip(3), make_clip(5)
+    speakers = [
+        Speaker("SPEAKER0", Voice("a", "A", transcript=" One. ", clip=first, scene="Not used.")),
+        Speaker("SPEAKER1", Voice("b", "B", transcript="Two.", clip=second)),
+    ]
+    prompt = builder.build("[SPEAKER0] Hi\n[SPEAKER1] Ho", BARE, speakers=speakers)
+    turns = [
+        header("user") + "[SPEAKER0] One.",
+        header("assistant") + clip_text(3),
+        header("user") + "[SPEAKER1] Two.",
+        header("assistant") + clip_text(5),
+        header("user") + "[SPEAKER0] Hi\n[SPEAKER1] Ho.",
+    ]
+    expected = SYSTEM + QUIET + "<|eot_id|>" + "".join(turn + "<|eot_id|>" for turn in turns) + OPEN
+    assert render(prompt) == expected
+    assert prompt.clips == (first, second)
+    by_system_prompt = builder.build("[SPEAKER0] a", BARE, speakers=speakers, system_prompt="S.")
+    assert header("system") + "S.<|eot_id|>" in render(by_system_prompt)
+
+
+def test_speakers_without_clips_are_described_in_the_scene(builder, render):
+    speakers = [
+        Speaker("SPEAKER0", Voice("a", "A", scene="An old man,\n slow.")),
+        Speaker("SPEAKER1", Voice("b", "B", description="A girl.")),
+    ]
+    prompt = builder.build("[SPEAKER0] a", BARE, speakers=speakers, instructions="At sea.")
+    body = "Audio is recorded from a quiet room.\nAt sea.\n\n"
+    body += "SPEAKER0: An old man, slow.\nSPEAKER1: A girl."
+    user = header("user") + "[SPEAKER0] a.<|eot_id|>"
+    assert render(prompt) == SYSTEM + scene_block(body) + "<|eot_id|>" + user + OPEN
+
+
+@pytest.mark.parametrize("described", [(), (1,)])
+def test_speakers_in_the_scene_are_those_of_the_chat_template(builder, tokenizer_folder, described):
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_folder))
+    names = ("SPEAKER0", "SPEAKER1", "SPEAKER2")
+    scene = [{"type": "text", "text": "Audio is recorded from a quiet room."}]
+    for index, name in enumerate(names):
+        is_described = index in (*described, 2)
+        scene.append({"type": "text", "text": name + (": Deep." if is_described else ":")})
+        if not is_described:
+            scene.append({"type": "audio"})
+    messages = [
+        {"role": "system", "content": "Generate audio following instruction."},
+        {"role": "scene", "content": scene},
+        {"role": "user", "content": "[SPEAKER0] hi."},
+    ]
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = text.replace("<|AUDIO_OUT|>", "<|AUDIO_OUT|>" * (4 + NUM_CODEBOOKS + 1))
+    cloned = Voice("c", "C", transcript="Not used.", clip=make_clip(4))
+    deep = Voice("d", "D", scene="Deep.")
+    speakers = [
+        Speaker(name, deep if index in (*described, 2) else cloned)
+        for index, name in enumerate(names)
+    ]
+    prompt = builder.build("[SPEAKER0] hi.", BARE, speakers=speakers)
+    assert prompt.token_ids.tolist() == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+def test_speakers_that_cannot_be_shown_are_refused(builder):
+    bare = [Speaker("SPEAKER0", Voice("whole", "Whole", system_prompt="You are Whole."))]
+    with pytest.raises(InvalidRequestError, match=r"voices\.SPEAKER0: voice 'whole' has neither"):
+        builder.build("[SPEAKER0] a", BARE, speakers=bare)
+    described = [Speaker("SPEAKER0", Voice("a", "A", scene="Old."))]
+    with pytest.raises(InvalidRequestError, match="system_prompt is not possible"):
+        builder.build("[SPEAKER0] a", BARE, speakers=described, system_prompt="S.")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"text": "Hello."}, "input", r"begin with the tag .* as \[SPEAKER0\]"),
+        ({"text": "Hello. [SPEAKER0] Hi."}, "input", "must begin with"),
+        ({"text": "[SPEAKER0] Hi. [SPEAKER7] Ho."}, "voices", "names SPEAKER7, who has no voice"),
+        ({"voices": {"0": "a"}}, "voices", "names '0'; its keys are SPEAKER0"),
+        ({"ref_audio": b"x", "ref_text": "x"}, "voices", "ref_audio is one voice"),
+    ],
+)
+def test_voices_that_do_not_fit_the_text_are_refused(fields, param, words):
+    given = {"text": "[SPEAKER0] Hi.", "voices": {"SPEAKER0": "a"}, **fields}
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        SpeechPrompt(**given)
+    assert caught.value.param == param

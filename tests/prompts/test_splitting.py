@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm.prompts import speech_limit_seconds, split_text
-from vllm.prompts.splitting import text_width
+from vllm.prompts.splitting import repeat_speakers, speaker_tags, text_width
 
 TEXTS = st.lists(
     st.sampled_from(
@@ -110,3 +110,21 @@ def test_a_word_longer_than_a_part_is_cut():
     parts = split_text("a" * 1000 + " end", max_chars=300)
     assert "".join(parts).replace(" ", "") == "a" * 1000 + "end"
     assert max(map(len, parts)) <= 300
+
+
+def test_speakers_in_order_of_appearance():
+    assert speaker_tags("[SPEAKER2] a [SPEAKER0] b [SPEAKER2] [speaker1] c") == [
+        "SPEAKER2",
+        "SPEAKER0",
+    ]
+
+
+def test_a_part_amid_a_turn_begins_with_its_speaker():
+    parts = ["[SPEAKER0] a [SPEAKER1] b.", "c.", "[SPEAKER0] d", "e"]
+    assert list(repeat_speakers(parts)) == [
+        "[SPEAKER0] a [SPEAKER1] b.",
+        "[SPEAKER1] c.",
+        "[SPEAKER0] d",
+        "[SPEAKER0] e",
+    ]
+    assert list(repeat_speakers(["a", "[SPEAKER0] b"])) == ["a", "[SPEAKER0] b"]

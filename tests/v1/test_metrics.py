@@ -6,8 +6,10 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
-from vllm.v1.engine.messages import SchedulerStats
+from vllm.player import VirtualPlayer
+from vllm.v1.engine.messages import STEP_TOKEN_BUCKETS, EngineStats, SchedulerStats
 from vllm.v1.metrics import SpeechMetrics
+from vllm.v1.outputs import CodecStats
 
 NAMES = {
     "vllm:num_requests_running",
@@ -34,6 +36,18 @@ NAMES = {
     "vllm:request_params_n",
     "vllm:request_params_max_tokens",
     "vllm:realtime_factor",
+    "vllm:iteration_tokens_total",
+    "vllm:clip_cache_queries",
+    "vllm:clip_cache_hits",
+    "vllm:codec_windows_waiting",
+    "vllm:codec_windows",
+    "vllm:codec_decode_seconds",
+    "vllm:codec_clips",
+    "vllm:codec_encode_seconds",
+    "vllm:player_streams",
+    "vllm:player_stalled_streams",
+    "vllm:player_underruns",
+    "vllm:player_stall_seconds",
 }
 USAGE = Usage(prompt_tokens=20, completion_tokens=58, audio_tokens=50)
 STATS = SpeechStats(
@@ -46,7 +60,7 @@ STATS = SpeechStats(
 )
 
 
-def make_metrics(stats: SchedulerStats | None = None) -> SpeechMetrics:
+def make_metrics(stats: EngineStats | None = None) -> SpeechMetrics:
     return SpeechMetrics("tts", lambda: stats)
 
 
@@ -75,7 +89,7 @@ def samples_of(metrics: SpeechMetrics) -> dict[str, float]:
 
 
 def test_every_name_is_on_the_page() -> None:
-    page = make_metrics(SchedulerStats()).render().decode()
+    page = make_metrics(EngineStats(SchedulerStats(step_token_counts=(0,)))).render().decode()
     assert {family.name for family in text_string_to_metric_families(page)} >= NAMES
 
 
@@ -118,7 +132,7 @@ def test_a_failed_request_counts_by_reason_only() -> None:
 
 def test_queues_are_read_at_the_scrape() -> None:
     stats = SchedulerStats(num_running=3, num_waiting=2, kv_cache_usage=0.5, num_preemptions=7)
-    values = samples_of(make_metrics(stats))
+    values = samples_of(make_metrics(EngineStats(stats)))
     assert values["vllm:num_requests_running"] == 3
     assert values["vllm:num_requests_waiting"] == 2
     assert values["vllm:gpu_cache_usage_perc"] == 0.5
@@ -127,3 +141,50 @@ def test_queues_are_read_at_the_scrape() -> None:
 
 def test_no_queues_without_an_engine() -> None:
     assert "vllm:num_requests_running" not in samples_of(make_metrics())
+
+
+def test_figures_of_codec_and_clips_are_the_engines() -> None:
+    codec = CodecStats(
+        num_waiting=2, num_windows=9, decode_time_s=0.5, num_clips=3, encode_time_s=1.5
+    )
+    stats = EngineStats(codec=codec, num_clip_queries=8, num_clip_hits=5)
+    values = samples_of(make_metrics(stats))
+    assert values["vllm:codec_windows_waiting"] == 2
+    assert values["vllm:codec_windows_total"] == 9
+    assert values["vllm:codec_decode_seconds_total"] == 0.5
+    assert values["vllm:codec_clips_total"] == 3
+    assert values["vllm:codec_encode_seconds_total"] == 1.5
+    assert values["vllm:clip_cache_queries_total"] == 8
+    assert values["vllm:clip_cache_hits_total"] == 5
+
+
+def test_sizes_of_steps_are_a_histogram() -> None:
+    counts = (3, 2, *([0] * (len(STEP_TOKEN_BUCKETS) - 2)), 1)
+    stats = SchedulerStats(step_token_counts=counts, num_step_tokens=9_013)
+    metrics = make_metrics(EngineStats(stats))
+    values = samples_of(metrics)
+    assert values["vllm:iteration_tokens_total_count"] == 6
+    assert values["vllm:iteration_tokens_total_sum"] == 9_013
+    buckets = {
+        sample.labels["le"]: sample.value
+        for family in text_string_to_metric_families(metrics.render().decode())
+        for sample in family.samples
+        if sample.name == "vllm:iteration_tokens_total_bucket"
+    }
+    assert (buckets["1.0"], buckets["8.0"], buckets["8192.0"], buckets["+Inf"]) == (3, 5, 5, 6)
+
+
+def test_underruns_are_counted_by_stream_and_by_length() -> None:
+    metrics = make_metrics()
+    stalling, steady, silent = VirtualPlayer(), VirtualPlayer(), VirtualPlayer()
+    for now in (0.0, 1.5, 2.75):
+        stalling.feed(now, 1.0)
+    steady.feed(0.0, 1.0)
+    for player in (stalling, steady, silent):
+        metrics.observe_player(player)
+    values = samples_of(metrics)
+    assert values["vllm:player_streams_total"] == 2
+    assert values["vllm:player_stalled_streams_total"] == 1
+    assert values["vllm:player_underruns_total"] == 2
+    assert values["vllm:player_stall_seconds_count"] == 2
+    assert values["vllm:player_stall_seconds_sum"] == 0.75

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from vllm.player import VirtualPlayer
+
 __all__ = ["PERCENTILES", "Playback", "Result", "percentiles", "play", "summarize"]
 
 PERCENTILES = (50, 90, 95, 99)
@@ -51,15 +53,10 @@ class Playback:
 
 def play(arrivals: Sequence[tuple[float, float]]) -> Playback:
     """Play chunks ``(arrival time, audio seconds)`` as they come; a gap stops the player."""
-    num_underruns, stalled_s = 0, 0.0
-    buffered_until = arrivals[0][0] if arrivals else 0.0
+    player = VirtualPlayer()
     for arrived_at, seconds in arrivals:
-        if arrived_at > buffered_until:
-            num_underruns += 1
-            stalled_s += arrived_at - buffered_until
-            buffered_until = arrived_at
-        buffered_until += seconds
-    return Playback(num_underruns, stalled_s)
+        player.feed(arrived_at, seconds)
+    return Playback(len(player.stalls_s), sum(player.stalls_s))
 
 
 def percentiles(values: Sequence[float], points: Sequence[int] = PERCENTILES) -> dict[str, float]:

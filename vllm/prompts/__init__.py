@@ -7,10 +7,12 @@ from vllm.prompts.interface import (
     BuiltPrompt,
     PromptBuilder,
     PromptClip,
+    Speaker,
     SpeechPrompt,
     SpokenTurn,
     Voice,
     VoiceSource,
+    resolve_voices,
 )
 from vllm.prompts.normalize import normalize_text
 from vllm.prompts.splitting import DEFAULT_MAX_CHARS, speech_limit_seconds, split_text
@@ -22,12 +24,14 @@ __all__ = [
     "HiggsAudioPromptBuilder",
     "PromptBuilder",
     "PromptClip",
+    "Speaker",
     "SpeechPrompt",
     "SpokenTurn",
     "TextTokenizer",
     "Voice",
     "VoiceSource",
     "normalize_text",
+    "resolve_voices",
     "speech_limit_seconds",
     "split_text",
 ]

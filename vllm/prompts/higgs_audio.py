@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vllm.checkpoint_config import HiggsAudioConfig
 from vllm.exceptions import ConfigError, InvalidRequestError
-from vllm.prompts.interface import BuiltPrompt, PromptClip, SpokenTurn, Voice
+from vllm.prompts.interface import BuiltPrompt, PromptClip, Speaker, SpokenTurn, Voice
 from vllm.prompts.normalize import SOUND_MARKS, normalize_text
 from vllm.prompts.tokenizer import TextTokenizer
 
@@ -79,8 +79,9 @@ class HiggsAudioPromptBuilder:
         system_prompt: str | None = None,
         normalize: bool = True,
         history: Sequence[SpokenTurn] = (),
+        speakers: Sequence[Speaker] = (),
     ) -> BuiltPrompt:
-        """Prompt that speaks ``text`` in ``voice``.
+        """Prompt that speaks ``text`` in ``voice``, or its turns in the voices of ``speakers``.
 
         Args:
             text: as the user wrote it.
@@ -89,17 +90,30 @@ class HiggsAudioPromptBuilder:
             system_prompt: replaces the whole system text, also the voice's.
             normalize: rewrite ``text`` and the texts of ``history`` first.
             history: earlier parts as the user wrote them, oldest first.
+            speakers: where all have clips, each clip is a turn of its speaker; else the system
+                turn lists them, with a clip or a description (specification §5.3).
 
         Raises:
-            InvalidRequestError: nothing is left to speak.
+            InvalidRequestError: nothing is left to speak, or a speaker's voice cannot be shown
+                beside others.
         """
-        system_text = system_prompt or voice.system_prompt or _system_text(voice, instructions)
-        turns = [_Turn("system", self._encode_marked(system_text.strip(), _SYSTEM_MARKS))]
         clips: list[PromptClip] = []
-        if voice.clip is not None:
-            transcript = self._tokenizer.encode((voice.transcript or "").strip())
-            turns += [_Turn("user", transcript), self._spoken(voice.clip)]
-            clips.append(voice.clip)
+        if speakers and any(speaker.voice.clip is None for speaker in speakers):
+            if system_prompt is not None:
+                raise InvalidRequestError(
+                    "system_prompt is not possible with voices that have no clip: it replaces "
+                    "their descriptions",
+                    param="system_prompt",
+                )
+            turns = [self._cast(speakers, instructions, clips)]
+        else:
+            own_text = None if speakers else voice.system_prompt
+            scene = None if speakers else voice.scene
+            system_text = system_prompt or own_text or _system_text(scene, instructions)
+            turns = [_Turn("system", self._encode_marked(system_text.strip(), _SYSTEM_MARKS))]
+            for transcript, clip in _references(voice, speakers):
+                turns += [_Turn("user", self._tokenizer.encode(transcript)), self._spoken(clip)]
+                clips.append(clip)
         for part in history:
             turns += [_Turn("user", self._encode_text(part.text, normalize))]
             turns += [self._spoken(part.clip)]
@@ -176,6 +190,23 @@ class HiggsAudioPromptBuilder:
         """Delayed frames of a clip: its own, one BOS and one EOS column, K - 1 of delay."""
         return clip.num_frames + self._config.num_codebooks + 1
 
+    def _cast(
+        self, speakers: Sequence[Speaker], instructions: str | None, clips: list[PromptClip]
+    ) -> _Turn:
+        """System turn with a line for each speaker; their clips are added to ``clips``."""
+        opening, closing = _system_text(None, instructions).rsplit("\n", 1)
+        ids: list[int] = []
+        text = opening + "\n"
+        for name, voice in speakers:
+            text += f"\n{name}: "
+            if voice.clip is None:
+                text += _description(name, voice)
+                continue
+            ids += [*self._encode_marked(text, _SYSTEM_MARKS), *self._spoken(voice.clip).ids]
+            clips.append(voice.clip)
+            text = ""
+        return _Turn("system", [*ids, *self._encode_marked(f"{text}\n{closing}", _SYSTEM_MARKS)])
+
     def _encode_text(self, text: str, normalize: bool) -> list[int]:
         if normalize:
             return self._encode_marked(normalize_text(text), SOUND_MARKS)
@@ -236,7 +267,27 @@ class HiggsAudioPromptBuilder:
         return PromptClip(num_frames=codes.shape[1], codes=codes.astype(np.int16))
 
 
-def _system_text(voice: Voice, instructions: str | None) -> str:
-    scene = voice.scene or DEFAULT_SCENE
+def _references(voice: Voice, speakers: Sequence[Speaker]) -> Iterator[tuple[str, PromptClip]]:
+    """Transcripts and clips of the voices that have one."""
+    cast = [(f"[{name}] ", each) for name, each in speakers] or [("", voice)]
+    for tag, each in cast:
+        if each.clip is not None:
+            yield tag + (each.transcript or "").strip(), each.clip
+
+
+def _description(name: str, voice: Voice) -> str:
+    """A voice without a clip in one line."""
+    words = " ".join((voice.scene or voice.description).split())
+    if not words:
+        raise InvalidRequestError(
+            f"voices.{name}: voice {voice.voice_id!r} has neither a clip nor a scene, so it cannot "
+            "be one of several speakers",
+            param="voices",
+        )
+    return words
+
+
+def _system_text(scene: str | None, instructions: str | None) -> str:
+    scene = scene or DEFAULT_SCENE
     body = "\n".join(text.strip() for text in (scene, instructions) if text and text.strip())
     return f"{_INSTRUCTION}\n\n<|scene_desc_start|>\n{body}\n<|scene_desc_end|>"

@@ -6,24 +6,30 @@ this file turn them into ids and audio slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm.exceptions import InvalidRequestError
+from vllm.prompts.splitting import speaker_tags
 
 __all__ = [
     "BuiltPrompt",
     "PromptBuilder",
     "PromptClip",
+    "Speaker",
     "SpeechPrompt",
     "SpokenTurn",
     "Voice",
     "VoiceSource",
+    "resolve_voices",
 ]
+
+_SPEAKER = re.compile(r"SPEAKER\d{1,3}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +65,13 @@ class Voice:
     labels: dict[str, str] = field(default_factory=dict)
 
 
+class Speaker(NamedTuple):
+    """A voice under the name that calls it in a text: ``SPEAKER0`` for the tag ``[SPEAKER0]``."""
+
+    name: str
+    voice: Voice
+
+
 @dataclass(frozen=True, eq=False)
 class SpokenTurn:
     """A text and the audio that speaks it: a reference, or an earlier part of a long text."""
@@ -73,7 +86,10 @@ class SpeechPrompt:
 
     Args:
         text: what is spoken.
-        voice: id or alias of a voice; None is the default voice.
+        voice: id or alias of a voice, or the voice itself; None is the default voice.
+        voices: for a text of several speakers, speaker -> voice, as ``{"SPEAKER0": "en_man"}``.
+            The text begins with one of their tags (``[SPEAKER0]``) and has no others; ``voice``
+            is not read then.
         language: ISO 639-1 code for sentence splitting; None takes the voice's.
         instructions: how it is spoken; joins the voice's scene text.
         system_prompt: replaces the whole system text, also the voice's.
@@ -93,7 +109,8 @@ class SpeechPrompt:
     """
 
     text: str | None = None
-    voice: str | None = None
+    voice: str | Voice | None = None
+    voices: Mapping[str, str | Voice] = field(default_factory=dict)
     language: str | None = None
     instructions: str | None = None
     system_prompt: str | None = None
@@ -122,6 +139,40 @@ class SpeechPrompt:
                 f"{missing} is missing; ref_audio and its transcript ref_text go together",
                 param=missing,
             )
+        if self.voices:
+            self._check_speakers(self.text)
+
+    def _check_speakers(self, text: str) -> None:
+        for name in self.voices:
+            if _SPEAKER.fullmatch(name) is None:
+                raise InvalidRequestError(
+                    f"voices names {name[:80]!r}; its keys are SPEAKER0, SPEAKER1 and so on",
+                    param="voices",
+                )
+        if self.ref_audio is not None:
+            raise InvalidRequestError(
+                "ref_audio is one voice and excludes voices; upload the clip as a voice and name "
+                "it in voices",
+                param="voices",
+            )
+        first, *_ = self.voices
+        named = speaker_tags(text)
+        if not named or not text.lstrip().startswith(f"[{named[0]}]"):
+            raise InvalidRequestError(
+                f"input must begin with the tag of a speaker of voices, as [{first}]", param="input"
+            )
+        strangers = [name for name in named if name not in self.voices]
+        if strangers:
+            raise InvalidRequestError(
+                f"input names {strangers[0]}, who has no voice; voices has "
+                f"{', '.join(self.voices)}",
+                param="voices",
+            )
+
+    @property
+    def named_speakers(self) -> list[str]:
+        """The speakers of ``voices`` that the text names, sorted."""
+        return sorted(set(speaker_tags(self.text or "")) & self.voices.keys())
 
     @property
     def is_raw(self) -> bool:
@@ -161,8 +212,12 @@ class PromptBuilder(Protocol):
         system_prompt: str | None = None,
         normalize: bool = True,
         history: Sequence[SpokenTurn] = (),
+        speakers: Sequence[Speaker] = (),
     ) -> BuiltPrompt:
-        """Prompt that speaks ``text``; ``history`` are earlier parts, oldest first."""
+        """Prompt that speaks ``text``; ``history`` are earlier parts, oldest first.
+
+        ``speakers`` are those whose tags the text may have; they take the place of ``voice``.
+        """
         ...
 
     def from_token_ids(
@@ -194,3 +249,21 @@ class VoiceSource(Protocol):
             UnknownVoiceError: there is none of that name; the message lists those there are.
         """
         ...
+
+
+def resolve_voices(source: VoiceSource, voices: Mapping[str, str | Voice]) -> dict[str, Voice]:
+    """The voices of speakers, looked up where they are names.
+
+    Raises:
+        InvalidRequestError: a voice is unknown or cannot be used; the message names the speaker.
+    """
+    return {speaker: _resolve(source, speaker, voice) for speaker, voice in voices.items()}
+
+
+def _resolve(source: VoiceSource, speaker: str, voice: str | Voice) -> Voice:
+    if isinstance(voice, Voice):
+        return voice
+    try:
+        return source.resolve(voice)
+    except InvalidRequestError as error:
+        raise type(error)(f"voices.{speaker}: {error}", param="voices") from error

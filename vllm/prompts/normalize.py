@@ -63,10 +63,13 @@ _ENDINGS = (".", "!", "?", ",", ";", '"', "'", "</SE_e>", "</SE>")
 def normalize_text(text: str) -> str:
     """Text as the model was trained to read it, one line per paragraph, without blank lines.
 
-    Sound marks in the result are ours alone: those that ``text`` spells are dropped. Text of
-    nothing but white space and marks gives an empty string.
+    A sound may be written as a tag (``[laugh]``) or as the model itself spells it
+    (``<SE>[Laughter]</SE>``); any other mark in ``text`` is dropped, so that marks in the result
+    enclose known sounds only. Text of nothing but white space and marks gives an empty string.
     """
     text = text.translate(_PUNCTUATION).translate(_BRACKETS)
+    for tag, sound in _SOUNDS.items():
+        text = text.replace(sound, tag)
     text = _drop_marks(text)
     for spelling, words in (_UNITS | _SOUNDS).items():
         text = text.replace(spelling, words)

@@ -1,17 +1,24 @@
 """Cuts long text into parts that are spoken one after another, at sentence ends where possible.
 
-Pure functions over strings. A part is a piece of the input with nothing added, so no word is lost
-or said twice; how parts are joined into one sound is decided elsewhere.
+Pure functions over strings. A part is a piece of the input, so no word is lost or said twice; how
+parts are joined into one sound is decided elsewhere.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 
-__all__ = ["DEFAULT_MAX_CHARS", "speech_limit_seconds", "split_text", "text_width"]
+__all__ = [
+    "DEFAULT_MAX_CHARS",
+    "repeat_speakers",
+    "speaker_tags",
+    "speech_limit_seconds",
+    "split_text",
+    "text_width",
+]
 
 DEFAULT_MAX_CHARS = 300  # of Latin script: about 20 s of speech
 
@@ -28,6 +35,7 @@ _SENTENCE_END = re.compile(
 )
 _CLAUSE_END = re.compile(rf"[,;:\u2013\u2014][{_CLOSERS}]*+\s+|[\uff0c\u3001\uff1b\uff1a]\s*+")
 _TAG = r"\[SPEAKER\d+\]"
+_NAME_IN_TAG = re.compile(r"\[(SPEAKER\d+)\]")
 _TAGS = re.compile(rf"(?:{_TAG}\s*)*")
 _TURN_START = re.compile(rf"(?={_TAG})")
 _ENDS_WITH_TAG = re.compile(rf"{_TAG}\s*$")
@@ -77,6 +85,20 @@ def split_text(
         pieces,
     )
     return [stripped for part in _pack(text, max_chars, cutters) if (stripped := part.strip())]
+
+
+def speaker_tags(text: str) -> list[str]:
+    """Speakers in the order in which ``text`` names them, without brackets: ``SPEAKER0`` …"""
+    return list(dict.fromkeys(_NAME_IN_TAG.findall(text)))
+
+
+def repeat_speakers(parts: Iterable[str]) -> Iterator[str]:
+    """The parts of one text; a part amid a speaker's turn begins with that speaker's tag again."""
+    speaker = None
+    for part in parts:
+        is_continued = speaker is not None and _TURN_START.match(part) is None
+        yield f"[{speaker}] {part}" if is_continued else part
+        speaker = next(reversed(_NAME_IN_TAG.findall(part)), speaker)
 
 
 def text_width(text: str) -> int:

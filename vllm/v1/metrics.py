@@ -1,22 +1,30 @@
 """Counters and histograms of the server, and the page that Prometheus reads.
 
 Names are those that dashboards of vLLM know, plus those of speech. Takes plain values from the
-reply side and queue states from the engine; measures nothing itself.
+reply side and the engine's own figures; measures nothing itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
+from vllm.player import VirtualPlayer
+from vllm.v1.engine.messages import STEP_TOKEN_BUCKETS
 
 if TYPE_CHECKING:
-    from vllm.v1.engine.messages import SchedulerStats
+    from vllm.v1.engine.messages import EngineStats, SchedulerStats
 
 __all__ = ["CONTENT_TYPE", "SpeechMetrics"]
 
@@ -26,6 +34,7 @@ _LABEL = "model_name"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 40, 80, 160)
 _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.1, 0.2, 0.5, 1)
 _TOKENS = (1, 10, 25, 50, 100, 200, 400, 800, 1600, 3200, 6400, 12800)
+_STALL_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _FACTORS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50, 100)
 
 # name -> (help, buckets)
@@ -44,12 +53,16 @@ _HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "request_params_n": ("replies asked for", (1,)),
     "request_params_max_tokens": ("max_tokens of a request that gave one", _TOKENS),
     "realtime_factor": ("audio seconds per second of processing", _FACTORS),
+    "player_stall_seconds": ("how long each underrun lasted", _STALL_SECONDS),
 }
 
 _COUNTERS: dict[str, str] = {
     "prompt_tokens": "prompt positions, of all requests",
     "generation_tokens": "generated frames, of all requests",
     "audio_seconds": "seconds of audio made",
+    "player_streams": "replies whose audio was sent while it was made",
+    "player_stalled_streams": "of these, the ones with an underrun",
+    "player_underruns": "times at which their audio ran out before there was more",
 }
 
 
@@ -58,15 +71,12 @@ class SpeechMetrics:
 
     Args:
         model_name: value of the ``model_name`` label.
-        scheduler_stats: state of the engine's queues, asked for at each scrape; None while there
-            is no engine.
+        engine_stats: figures of the engine, asked for at each scrape; None while there is none.
     """
 
-    def __init__(
-        self, model_name: str, scheduler_stats: Callable[[], SchedulerStats | None]
-    ) -> None:
+    def __init__(self, model_name: str, engine_stats: Callable[[], EngineStats | None]) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_QueueCollector(model_name, scheduler_stats))
+        self._registry.register(_EngineCollector(model_name, engine_stats))
         self._histograms = {
             name: Histogram(
                 f"vllm:{name}", text, [_LABEL], registry=self._registry, buckets=buckets
@@ -121,6 +131,16 @@ class SpeechMetrics:
         """Count a request that ended without usage: aborted, failed or out of time."""
         self._finished[reason].inc()
 
+    def observe_player(self, player: VirtualPlayer) -> None:
+        """Count a listener who has left, or who never heard anything."""
+        if not player.has_started:
+            return
+        self._counters["player_streams"].inc()
+        self._counters["player_stalled_streams"].inc(bool(player.stalls_s))
+        self._counters["player_underruns"].inc(len(player.stalls_s))
+        for stall_s in player.stalls_s:
+            self._histograms["player_stall_seconds"].observe(stall_s)
+
     def render(self) -> bytes:
         """The page in Prometheus' text form."""
         return generate_latest(self._registry)
@@ -132,34 +152,47 @@ def _per_token(usage: Usage, stats: SpeechStats) -> float | None:
     return (stats.decode_time_s or stats.processing_time_s) / usage.completion_tokens
 
 
-class _QueueCollector(Collector):
-    """Reads the engine's queues when the page is asked for, so nothing is kept twice."""
+class _EngineCollector(Collector):
+    """Reads the engine's figures when the page is asked for, so nothing is kept twice."""
 
-    def __init__(
-        self, model_name: str, scheduler_stats: Callable[[], SchedulerStats | None]
-    ) -> None:
+    def __init__(self, model_name: str, engine_stats: Callable[[], EngineStats | None]) -> None:
         self._model_name = model_name
-        self._scheduler_stats = scheduler_stats
+        self._engine_stats = engine_stats
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._scheduler_stats()
+        stats = self._engine_stats()
         if stats is None:
             return
-        yield self._gauge("num_requests_running", "requests being decoded", stats.num_running)
-        yield self._gauge("num_requests_waiting", "requests not yet started", stats.num_waiting)
-        yield self._gauge(
-            "num_requests_finishing", "generated, audio under way", stats.num_finishing
+        queues, codec = stats.scheduler, stats.codec
+        gauge, counter = self._gauge, self._counter
+        yield gauge("num_requests_running", "requests being decoded", queues.num_running)
+        yield gauge("num_requests_waiting", "requests not yet started", queues.num_waiting)
+        yield gauge("num_requests_finishing", "generated, audio under way", queues.num_finishing)
+        yield gauge("gpu_cache_usage_perc", "share of the KV cache in use", queues.kv_cache_usage)
+        yield counter(
+            "gpu_prefix_cache_queries", "prompt positions looked up", queues.prefix_cache_queries
         )
-        yield self._gauge(
-            "gpu_cache_usage_perc", "share of the KV cache in use", stats.kv_cache_usage
-        )
-        yield self._counter(
-            "gpu_prefix_cache_queries", "prompt positions looked up", stats.prefix_cache_queries
-        )
-        yield self._counter(
-            "gpu_prefix_cache_hits", "prompt positions found", stats.prefix_cache_hits
-        )
-        yield self._counter("num_preemptions", "requests set aside", stats.num_preemptions)
+        yield counter("gpu_prefix_cache_hits", "prompt positions found", queues.prefix_cache_hits)
+        yield counter("num_preemptions", "requests set aside", queues.num_preemptions)
+        if queues.step_token_counts:
+            yield self._step_tokens(queues)
+        yield counter("clip_cache_queries", "reference clips looked up", stats.num_clip_queries)
+        yield counter("clip_cache_hits", "reference clips found", stats.num_clip_hits)
+        yield gauge("codec_windows_waiting", "pieces of audio to be decoded", codec.num_waiting)
+        yield counter("codec_windows", "pieces of audio decoded", codec.num_windows)
+        yield counter("codec_decode_seconds", "time spent on decoding them", codec.decode_time_s)
+        yield counter("codec_clips", "reference clips encoded", codec.num_clips)
+        yield counter("codec_encode_seconds", "time spent on encoding them", codec.encode_time_s)
+
+    def _step_tokens(self, stats: SchedulerStats) -> Metric:
+        """A histogram by the name that it has in vLLM, though it looks like a counter's."""
+        bounds = [*(f"{bound:.1f}" for bound in STEP_TOKEN_BUCKETS), "+Inf"]
+        counts = [float(count) for count in accumulate(stats.step_token_counts)]
+        name, text = "vllm:iteration_tokens_total", "prompt positions and frames of a step"
+        family = HistogramMetricFamily(name, text, labels=[_LABEL])
+        buckets = list(zip(bounds, counts, strict=False))
+        family.add_metric([self._model_name], buckets, stats.num_step_tokens)
+        return family
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"vllm:{name}", text, labels=[_LABEL])

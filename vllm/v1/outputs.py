@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["AudioChunk", "EncodedClip", "ModelRunnerOutput"]
+__all__ = ["AudioChunk", "CodecStats", "EncodedClip", "ModelRunnerOutput"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,18 @@ class EncodedClip:
     key: str
     codes: NDArray[np.int16] | None  # [num_codebooks, num_frames]
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class CodecStats:
+    """What the codec has done, and what waits for it."""
+
+    num_waiting: int = 0  # windows that could be decoded now
+    num_windows: int = 0  # decoded
+    decode_time_s: float = 0.0  # in which one window or more were being decoded
+    num_clips: int = 0  # encoded, or tried to
+    num_known_clips: int = 0  # found in the cache instead
+    encode_time_s: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -94,12 +94,15 @@ def test_one_process_serves_many_requests_alike(checkpoint: Path) -> None:
             stream = llm.generate(HELLO, SamplingParams(seed=1), "left")
             await anext(stream)
             await stream.aclose()  # type: ignore[attr-defined]
-            while llm.scheduler_stats().num_running or llm.scheduler_stats().num_finishing:
+            while (
+                llm.engine_stats().scheduler.num_running
+                or llm.engine_stats().scheduler.num_finishing
+            ):
                 await asyncio.sleep(0.05)
-            assert llm.scheduler_stats().kv_cache_usage == 0
+            assert llm.engine_stats().scheduler.kv_cache_usage == 0
 
             waiting = asyncio.create_task(collect(llm, "ended", SamplingParams(seed=1)))
-            while not llm.scheduler_stats().num_running:
+            while not llm.engine_stats().scheduler.num_running:
                 await asyncio.sleep(0.01)
             await llm.abort("ended")
             assert (await waiting)[-1].finish_reason is FinishReason.ABORT
@@ -127,7 +130,7 @@ def test_death_ends_every_stream(checkpoint: Path) -> None:
                 asyncio.create_task(collect(llm, str(seed), SamplingParams(seed=seed)))
                 for seed in range(3)
             ]
-            while llm.scheduler_stats().num_running < 3:
+            while llm.engine_stats().scheduler.num_running < 3:
                 await asyncio.sleep(0.01)
             assert llm._client.pid is not None
             os.kill(llm._client.pid, signal.SIGKILL)
@@ -147,7 +150,7 @@ def test_streams_hear_of_the_death_before_a_new_engine_starts(checkpoint: Path) 
     async def test() -> None:
         async with started(checkpoint) as llm:
             stream = asyncio.create_task(collect(llm, "open", SamplingParams(seed=1)))
-            while not llm.scheduler_stats().num_running:
+            while not llm.engine_stats().scheduler.num_running:
                 await asyncio.sleep(0.01)
             assert llm._client.pid is not None
             os.kill(llm._client.pid, signal.SIGKILL)

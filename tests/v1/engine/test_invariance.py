@@ -91,8 +91,10 @@ def test_batch_of_16_under_random_load_equals_solo_runs(
         core.check_integrity()
         recorder.take(outputs.outputs)
 
-    assert outputs.stats.num_preemptions > 0, "the pages were not scarce enough to test anything"
-    assert outputs.stats.prefix_cache_hits > 0, "no prompt was shared"
+    assert outputs.stats.scheduler.num_preemptions > 0, (
+        "the pages were not scarce enough to test anything"
+    )
+    assert outputs.stats.scheduler.prefix_cache_hits > 0, "no prompt was shared"
     for request in requests:
         name = request.request_id
         assert len(recorder.reasons(name)) == 1, name

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from vllm.checkpoints.make_codec import make_codec
 from vllm.model_executor.codecs import ClipCache, load_codec
+from vllm.v1.outputs import CodecStats
 from vllm.v1.worker.codec_runner import CodecRunner
 
 HOP = 960
@@ -305,6 +306,25 @@ def test_clips_are_encoded_once_and_padded(tmp_path, make_runner):
     other.encode("three", clip)
     assert drain(other)[1][0].codes.shape == (2, 3)
     assert scripted.num_encoded == 1
+
+
+def test_stats_count_windows_and_clips(tmp_path, make_runner):
+    runner = make_runner(ScriptedCodec(), ramp=(2,), clip_cache=ClipCache(tmp_path), threaded=False)
+    tone = np.ones(8, np.float32)
+    for key in ("first", "again"):
+        runner.encode(key, tone)
+    runner.encode("bad", np.full(8, np.nan, np.float32))
+    runner.open("a", max_silence_frames=None)
+    runner.push("a", scripted_frames(1, 2, 3, 4, 5), final=True)
+    assert runner.stats().num_waiting == 1
+    drain(runner)
+    stats = runner.stats()
+    assert (stats.num_windows, stats.num_waiting) == (3, 0)
+    assert (stats.num_clips, stats.num_known_clips) == (2, 1)
+    assert stats.decode_time_s > 0
+    assert stats.encode_time_s > 0
+    runner.reset_stats()
+    assert runner.stats() == CodecStats()
 
 
 def test_windows_come_before_clips_and_a_bad_clip_ends_alone(make_runner):

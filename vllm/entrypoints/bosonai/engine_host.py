@@ -17,9 +17,10 @@ from vllm.logger import get_logger
 if TYPE_CHECKING:
     from vllm.entrypoints.bosonai.voices import VoiceLibrary
     from vllm.outputs import SpeechOutput
+    from vllm.player import VirtualPlayer
     from vllm.prompts import SpeechPrompt
     from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine.messages import EngineInfo, SchedulerStats
+    from vllm.v1.engine.messages import EngineInfo, EngineStats
 
 __all__ = ["EngineClient", "EngineHost", "HostState"]
 
@@ -54,13 +55,14 @@ class EngineClient(Protocol):
         *,
         timeout_s: float | None = None,
         priority: int = 0,
+        player: VirtualPlayer | None = None,
     ) -> AsyncGenerator[SpeechOutput]: ...
 
     async def abort(self, request_id: str) -> None: ...
 
     async def wait_dead(self) -> None: ...
 
-    def scheduler_stats(self) -> SchedulerStats: ...
+    def engine_stats(self) -> EngineStats: ...
 
     async def shutdown(self) -> None: ...
 

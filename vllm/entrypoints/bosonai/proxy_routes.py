@@ -25,6 +25,7 @@ from vllm.entrypoints.openai.protocol import (
     Name,
     Priority,
     RequestId,
+    SpeakerVoices,
     Text,
     TimeLimit,
 )
@@ -71,6 +72,7 @@ class GenerateRequest(BaseModel):
     top_k: int = Field(50, ge=1, le=100)
     max_tokens: int = Field(2048, ge=256, le=8192)
     voice: Name | None = Field(None, description="id or alias of a voice")
+    voices: SpeakerVoices
     seed: int | None = Field(None, ge=0, le=2**64 - 1)
     priority: Priority
     timeout_s: TimeLimit

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,17 +24,19 @@ from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.openai.protocol import AudioSpeechRequest, SamplingOptions
 from vllm.exceptions import InvalidRequestError, ModelNotFoundError
 from vllm.logger import get_logger
-from vllm.prompts import SpeechPrompt
+from vllm.player import VirtualPlayer
+from vllm.prompts import SpeechPrompt, Voice, resolve_voices
 
 if TYPE_CHECKING:
+    from vllm.entrypoints.bosonai.voices import VoiceLibrary
     from vllm.entrypoints.cli_args import ServeArgs
     from vllm.sampling_params import SamplingParams
 
-__all__ = ["CLONED_VOICE", "PreparedSpeech", "ServingAudio", "log_ignored_fields"]
+__all__ = ["PreparedSpeech", "ServingAudio", "log_ignored_fields", "voice_id_of"]
 
 logger = get_logger(__name__)
 
-CLONED_VOICE = "custom"  # as the engine calls it
+_CLONED_VOICE = "custom"  # as the engine calls it
 
 
 class PreparedSpeech(NamedTuple):
@@ -75,7 +78,9 @@ class ServingAudio:
             HiggsAudioError: the request is refused, or failed before its first audio.
         """
         ticket = self.ticket(body, raw)
-        reply = await unless_client_leaves(raw.receive, self.begin(body, ticket))
+        is_played = body.wants_sse or body.wants_stream
+        player = VirtualPlayer(body.speed_factor) if is_played else None
+        reply = await unless_client_leaves(raw.receive, self.begin(body, ticket, player=player))
         if body.wants_sse:
             events = reply.events()
             return StreamedReply(events, reply.outputs, "text/event-stream", reply.headers())
@@ -95,8 +100,10 @@ class ServingAudio:
             timeout_s=body.timeout_s,
         )
 
-    async def begin(self, body: AudioSpeechRequest, ticket: Ticket) -> SpeechReply:
-        """The reply to a body, once its first audio exists.
+    async def begin(
+        self, body: AudioSpeechRequest, ticket: Ticket, *, player: VirtualPlayer | None = None
+    ) -> SpeechReply:
+        """The reply to a body, once its first audio exists; ``player`` as in ``Synthesizer``.
 
         Raises:
             HiggsAudioError: the request is refused, or failed before its first audio.
@@ -106,7 +113,7 @@ class ServingAudio:
         self._synthesizer.ready_engine()
         self._synthesizer.admission.check_room()  # before any work for this request is done
         prepared = await self.prepare(body)
-        outputs = self._synthesizer.outputs(prepared.prompt, prepared.params, ticket)
+        outputs = self._synthesizer.outputs(prepared.prompt, prepared.params, ticket, player=player)
         first = await self._synthesizer.first(outputs)
         return SpeechReply(
             first,
@@ -127,9 +134,9 @@ class ServingAudio:
         """
         self.check_model(body.model)
         self.check_length(body.input)
-        voice_id = await self._voice_id(body)
         params = body.to_sampling_params(self._defaults)
-        return PreparedSpeech(await self._build_prompt(body), params, voice_id)
+        prompt = await self._build_prompt(body)
+        return PreparedSpeech(prompt, params, voice_id_of(prompt))
 
     def check_model(self, model: str | None) -> None:
         """Raises ModelNotFoundError unless the model is served; None is the first one."""
@@ -146,31 +153,39 @@ class ServingAudio:
                 f"input has {len(text)} characters; this server takes up to {limit}", param="input"
             )
 
-    async def voice_id(self, name: str | None) -> str:
-        """Id of the voice of that id or alias; None is the default voice.
+    async def voice(self, name: str | None) -> Voice:
+        """The voice of that id or alias; None is the default voice.
 
         Raises:
             UnknownVoiceError: there is none.
         """
+        return await asyncio.to_thread(self._library().resolve, name)  # may read files
+
+    async def voices(self, names: Mapping[str, str]) -> dict[str, Voice]:
+        """The voices of speakers; raises InvalidRequestError, which names the speaker."""
+        if not names:
+            return {}
+        return await asyncio.to_thread(resolve_voices, self._library(), names)
+
+    def _library(self) -> VoiceLibrary:
         voices = self._synthesizer.ready_engine().voices
         assert voices is not None, "a ready engine has its voices"
-        voice = await asyncio.to_thread(voices.resolve, name)  # may read files
-        return voice.voice_id
-
-    async def _voice_id(self, body: AudioSpeechRequest) -> str:
-        if body.reference_audio is not None:
-            return CLONED_VOICE
-        return await self.voice_id(body.voice_name)
+        return voices
 
     async def _build_prompt(self, body: AudioSpeechRequest) -> SpeechPrompt:
-        clip = None
+        """The prompt of a body, with the voices as they are now."""
+        clip, voice = None, None
+        voices = await self.voices(body.speaker_voices)
+        if not voices and body.reference_audio is None:
+            voice = await self.voice(body.voice_name)
         if body.reference_audio is not None:
             info = self._synthesizer.ready_engine().info
             assert info is not None, "a ready engine has its info"
             clip = await self._clips.load(body.reference_audio, info)
         return SpeechPrompt(
             text=body.input,
-            voice=body.voice_name,
+            voice=voice,
+            voices=voices,
             language=body.language,
             instructions=body.instructions,
             system_prompt=body.system_prompt,
@@ -178,6 +193,16 @@ class ServingAudio:
             ref_text=body.reference_transcript if clip is not None else None,
             normalize=body.normalize is not False,
         )
+
+
+def voice_id_of(prompt: SpeechPrompt) -> str:
+    """Id of the voice that is heard; ids of several with commas between them."""
+    if prompt.ref_audio is not None:
+        return _CLONED_VOICE
+    heard = [prompt.voices[name] for name in prompt.named_speakers]
+    if not heard and prompt.voice is not None:
+        heard = [prompt.voice]
+    return ",".join(voice.voice_id for voice in heard if isinstance(voice, Voice))
 
 
 def log_ignored_fields(body: SamplingOptions, request_id: str) -> None:

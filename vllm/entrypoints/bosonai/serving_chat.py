@@ -29,10 +29,10 @@ from vllm.entrypoints.bosonai.middleware import unless_client_leaves
 from vllm.entrypoints.bosonai.recent_replies import RecentReplies
 from vllm.entrypoints.bosonai.reference_audio import ReferenceAudioLoader
 from vllm.entrypoints.bosonai.serving_audio import (
-    CLONED_VOICE,
     PreparedSpeech,
     ServingAudio,
     log_ignored_fields,
+    voice_id_of,
 )
 from vllm.entrypoints.bosonai.speech_reply import (
     END_HEADERS,
@@ -51,6 +51,7 @@ from vllm.entrypoints.openai.reply_docs import Replies, error_replies, header_do
 from vllm.exceptions import EngineError, HiggsAudioError, InvalidRequestError
 from vllm.logger import get_logger
 from vllm.outputs import FinishReason, SpeechOutput
+from vllm.player import VirtualPlayer
 from vllm.prompts import PromptClip, SpeechPrompt, SpokenTurn
 
 if TYPE_CHECKING:
@@ -61,7 +62,12 @@ __all__ = ["ServingChat", "add_chat_routes"]
 logger = get_logger(__name__)
 
 # field of the speech route -> where a chat has it
-_CHAT_FIELDS = {"input": "messages", "ref_audio": "messages", "voice": "audio.voice"}
+_CHAT_FIELDS = {
+    "input": "messages",
+    "ref_audio": "messages",
+    "voice": "audio.voice",
+    "voices": "audio.voices",
+}
 # Base64 text of pieces of this size can be joined: no padding inside, no sample torn.
 _JOINABLE_BYTES = 6
 
@@ -108,7 +114,12 @@ class ServingChat:
         with _naming_chat_fields():
             prepare = self.prepare(body, ticket.owner)
             prepared = await unless_client_leaves(raw.receive, prepare)
-            source = self._synthesizer.outputs(prepared.prompt, prepared.params, ticket)
+            source = self._synthesizer.outputs(
+                prepared.prompt,
+                prepared.params,
+                ticket,
+                player=VirtualPlayer() if body.stream else None,
+            )
             outputs = recording.of(source)
             first = await unless_client_leaves(raw.receive, self._first(outputs, recording))
         reply = SpeechReply(
@@ -160,11 +171,13 @@ class ServingChat:
         params = body.to_sampling_params(self._defaults)
         turns = [await self._turn(reference, owner) for reference in conversation.references]
         # A clip that opens the conversation is the voice; an earlier reply speaks in one already.
-        is_cloned = bool(turns) and turns[0].clip.samples is not None
-        voice_id = CLONED_VOICE if is_cloned else await self._speech.voice_id(body.voice_name)
+        voices = await self._speech.voices(body.speaker_voices)
+        is_cloned = bool(turns) and turns[0].clip.samples is not None and not voices
+        voice = None if is_cloned or voices else await self._speech.voice(body.voice_name)
         prompt = SpeechPrompt(
             text=conversation.text,
-            voice=body.voice_name,
+            voice=voice,
+            voices=voices,
             language=body.language,
             instructions=conversation.scene,
             system_prompt=conversation.system_prompt,
@@ -173,7 +186,7 @@ class ServingChat:
             history=tuple(turns[1:] if is_cloned else turns),
             normalize=body.normalize is not False,
         )
-        return PreparedSpeech(prompt, params, voice_id)
+        return PreparedSpeech(prompt, params, voice_id_of(prompt))
 
     async def _turn(self, reference: ReferenceTurn, owner: str) -> SpokenTurn:
         if reference.audio_id is not None:

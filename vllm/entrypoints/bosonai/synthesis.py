@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from vllm.outputs import FinishReason, SpeechOutput
 
 if TYPE_CHECKING:
     from vllm.entrypoints.server_config import ServerConfig
+    from vllm.player import VirtualPlayer
     from vllm.prompts import SpeechPrompt
     from vllm.sampling_params import SamplingParams
     from vllm.v1.metrics import SpeechMetrics
@@ -55,15 +57,22 @@ class Synthesizer:
         return self._host.ready_engine()
 
     def outputs(
-        self, prompt: SpeechPrompt, params: SamplingParams, ticket: Ticket
+        self,
+        prompt: SpeechPrompt,
+        params: SamplingParams,
+        ticket: Ticket,
+        *,
+        player: VirtualPlayer | None = None,
     ) -> AsyncGenerator[SpeechOutput]:
         """Outputs of one request, to be closed by whoever takes them; see ``AsyncLLM.generate``.
 
         The request is let in when the first output is asked for, which raises OverloadedError when
-        the server is full. An ``error`` or ``abort`` ending is raised, never yielded.
+        the server is full. An ``error`` or ``abort`` ending is raised, never yielded. ``player`` is
+        a fresh one for replies that are sent while they are made.
         """
         ticket.engine_id = ticket.engine_id or f"{ticket.client_id}-{secrets.token_hex(4)}"
-        return self._admitted(self._host.ready_engine(), prompt, params, ticket)
+        source = self._generate(self._host.ready_engine(), prompt, params, ticket, player)
+        return self._admitted(source, ticket)
 
     async def first(self, outputs: AsyncGenerator[SpeechOutput]) -> SpeechOutput:
         """The first of ``outputs`` that holds audio; they are closed when there is none.
@@ -91,14 +100,14 @@ class Synthesizer:
         return len(tickets)
 
     async def _admitted(
-        self, engine: EngineClient, prompt: SpeechPrompt, params: SamplingParams, ticket: Ticket
+        self, outputs: AsyncGenerator[SpeechOutput], ticket: Ticket
     ) -> AsyncGenerator[SpeechOutput]:
         """The engine's outputs, between entering and leaving."""
         self.admission.enter(ticket)
         has_audio = has_succeeded = False
         try:
-            async with aclosing(self._generate(engine, prompt, params, ticket)) as source:
-                async for output in source:
+            async with aclosing(outputs):
+                async for output in outputs:
                     self.admission.start(ticket)
                     has_audio = has_audio or output.audio.size > 0
                     has_succeeded = has_audio and _is_success(output)
@@ -107,7 +116,12 @@ class Synthesizer:
             self.admission.leave(ticket, succeeded=has_succeeded)
 
     async def _generate(
-        self, engine: EngineClient, prompt: SpeechPrompt, params: SamplingParams, ticket: Ticket
+        self,
+        engine: EngineClient,
+        prompt: SpeechPrompt,
+        params: SamplingParams,
+        ticket: Ticket,
+        player: VirtualPlayer | None,
     ) -> AsyncGenerator[SpeechOutput]:
         """The engine's outputs; counts how the request ended and lets none end in silence."""
         failure: FinishReason | None = FinishReason.ERROR
@@ -119,6 +133,7 @@ class Synthesizer:
                 ticket.engine_id,
                 timeout_s=ticket.timeout_s,
                 priority=ticket.priority,
+                player=player,
             )
             async with aclosing(source):
                 async for output in source:
@@ -136,6 +151,9 @@ class Synthesizer:
                 self._metrics.observe_finished(last, max_tokens=params.max_tokens)
             elif failure is not None:
                 self._metrics.count_failed(failure)
+            if player is not None:
+                player.leave(time.monotonic())
+                self._metrics.observe_player(player)
 
 
 def _is_success(output: SpeechOutput) -> bool:

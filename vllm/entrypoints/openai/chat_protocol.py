@@ -18,8 +18,10 @@ from vllm.entrypoints.openai.protocol import (
     InertField,
     Name,
     SamplingOptions,
+    SpeakerVoices,
     Text,
     VoiceReference,
+    names_of,
 )
 from vllm.exceptions import InvalidRequestError
 
@@ -145,6 +147,7 @@ class AudioOptions(BaseModel):
     voice: Name | VoiceReference | None = Field(
         None, description="id or alias of a voice; default: the server's default voice"
     )
+    voices: SpeakerVoices
     format: Literal["wav", "aac", "mp3", "flac", "opus", "pcm16"] | None = Field(
         None, description="default: wav; streamed: pcm16"
     )
@@ -278,6 +281,11 @@ class ChatCompletionRequest(SamplingOptions):
     def voice_name(self) -> str | None:
         voice = self.audio.voice if self.audio is not None else None
         return voice.id if isinstance(voice, VoiceReference) else voice
+
+    @property
+    def speaker_voices(self) -> dict[str, str]:
+        """Speaker -> id or alias of a voice."""
+        return names_of(self.audio.voices if self.audio is not None else None)
 
     @property
     def audio_format(self) -> AudioFormat:

@@ -23,13 +23,16 @@ __all__ = [
     "InertField",
     "Name",
     "SamplingOptions",
+    "SpeakerVoices",
     "Text",
     "VoiceReference",
+    "names_of",
 ]
 
 MIN_SPEED = 0.25
 MAX_SPEED = 4.0
 _MAX_INT32 = 2**31 - 1
+_MAX_SPEAKERS = 16
 _MAX_SHOWN = 100  # characters of a refused value that a message repeats
 
 AudioFormat = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
@@ -82,6 +85,24 @@ class VoiceReference(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     id: Name = Field(min_length=1)
+
+
+SpeakerVoices = Annotated[
+    dict[Name, Name | VoiceReference] | None,
+    Field(
+        default=None,
+        max_length=_MAX_SPEAKERS,
+        description='voices of the speakers of the text, as {"SPEAKER0": "en_man"}',
+    ),
+]
+
+
+def names_of(voices: Mapping[str, str | VoiceReference] | None) -> dict[str, str]:
+    """Speaker -> id or alias of a voice."""
+    return {
+        speaker: voice.id if isinstance(voice, VoiceReference) else voice
+        for speaker, voice in (voices or {}).items()
+    }
 
 
 class SamplingOptions(BaseModel):
@@ -223,6 +244,7 @@ class AudioSpeechRequest(SamplingOptions):
     voice: Name | VoiceReference | None = Field(
         None, description="id or alias of a voice; default: the server's default voice"
     )
+    voices: SpeakerVoices
     response_format: AudioFormat | None = Field("mp3", description="null is mp3")
     speed: float | None = Field(
         1.0, ge=MIN_SPEED, le=MAX_SPEED, description="speaking rate, pitch kept; null is 1.0"
@@ -262,6 +284,11 @@ class AudioSpeechRequest(SamplingOptions):
     @property
     def voice_name(self) -> str | None:
         return self.voice.id if isinstance(self.voice, VoiceReference) else self.voice
+
+    @property
+    def speaker_voices(self) -> dict[str, str]:
+        """Speaker -> id or alias of a voice."""
+        return names_of(self.voices)
 
     @property
     def audio_format(self) -> AudioFormat:

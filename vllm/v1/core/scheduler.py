@@ -6,7 +6,7 @@ Plans with positions, blocks and frames only: no tensors, no model names and no 
 from __future__ import annotations
 
 import time
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -18,7 +18,12 @@ from vllm.logger import get_logger
 from vllm.outputs import FinishReason
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched_output import NewRequestData, PrefillChunk, SchedulerOutput, StepKind
-from vllm.v1.engine.messages import EngineCoreOutput, RequestStats, SchedulerStats
+from vllm.v1.engine.messages import (
+    STEP_TOKEN_BUCKETS,
+    EngineCoreOutput,
+    RequestStats,
+    SchedulerStats,
+)
 from vllm.v1.outputs import AudioChunk, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -38,6 +43,19 @@ class _Plan:
     prefill: list[PrefillChunk] = field(default_factory=list)
     swap_out: dict[str, tuple[int, ...]] = field(default_factory=dict)  # req_id -> block ids
     swap_in: dict[str, tuple[int, ...]] = field(default_factory=dict)  # req_id -> block ids
+
+
+class _StepSizes:
+    """How many steps computed how many positions."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(STEP_TOKEN_BUCKETS) + 1)
+        self.num_tokens = 0
+
+    def count(self, num_positions: int) -> None:
+        if num_positions:
+            self.counts[bisect_left(STEP_TOKEN_BUCKETS, num_positions)] += 1
+            self.num_tokens += num_positions
 
 
 class Scheduler:
@@ -101,6 +119,7 @@ class Scheduler:
         self._last_step_was_prefill = False
         self._num_arrivals = 0
         self._num_preemptions = 0
+        self._step_sizes = _StepSizes()
 
     # Requests come and go
 
@@ -176,6 +195,8 @@ class Scheduler:
             prefix_cache_queries=self._kv_cache.num_prefix_queries,
             prefix_cache_hits=self._kv_cache.num_prefix_hits,
             num_preemptions=self._num_preemptions,
+            step_token_counts=tuple(self._step_sizes.counts),
+            num_step_tokens=self._step_sizes.num_tokens,
         )
 
     @property
@@ -196,7 +217,7 @@ class Scheduler:
             self._plan_prefill(plan)
         self._last_step_was_prefill = bool(plan.prefill)
         decode = () if plan.prefill else self._decoding_ids()
-        return SchedulerOutput(
+        step = SchedulerOutput(
             step_kind=_step_kind(plan, decode),
             new=tuple(plan.new),
             new_blocks=plan.new_blocks,
@@ -206,6 +227,8 @@ class Scheduler:
             swap_in=plan.swap_in,
             finished=finished,
         )
+        self._step_sizes.count(step.num_positions)
+        return step
 
     def _extend_running(self, plan: _Plan) -> None:
         needing = [r for r in self._running.values() if self._kv_cache.needs_block(r)]

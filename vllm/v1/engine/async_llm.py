@@ -15,10 +15,11 @@ from vllm.config import EngineConfig
 from vllm.exceptions import EngineDeadError, EngineError, HiggsAudioError, RequestAbortedError
 from vllm.logger import get_logger
 from vllm.outputs import FinishReason, SpeechOutput
+from vllm.player import VirtualPlayer
 from vllm.prompts import SpeechPrompt, VoiceSource
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core_client import IpcClient
-from vllm.v1.engine.messages import EngineCoreOutput, EngineInfo, SchedulerStats
+from vllm.v1.engine.messages import EngineCoreOutput, EngineInfo, EngineStats
 from vllm.v1.engine.processor import Processor
 from vllm.v1.engine.speech_task import SpeechTask
 
@@ -69,7 +70,7 @@ class AsyncLLM(Generic[VoicesT]):
         self._open_ids: set[str] = set()
         self._early_aborts: set[str] = set()  # aborted before the engine heard of them
         self._suffixes = count(1)
-        self._stats = SchedulerStats()
+        self._stats = EngineStats()
         self._death: HiggsAudioError | None = None
         self._reader: asyncio.Task[None] | None = None
 
@@ -105,6 +106,7 @@ class AsyncLLM(Generic[VoicesT]):
         *,
         timeout_s: float | None = None,
         priority: int = 0,
+        player: VirtualPlayer | None = None,
     ) -> AsyncGenerator[SpeechOutput]:
         """Speak; the first item comes with the first audio, the last has ``finish_reason``.
 
@@ -116,6 +118,8 @@ class AsyncLLM(Generic[VoicesT]):
             request_id: any name; one that is in use gets a suffix.
             timeout_s: after which the request ends with ``deadline``.
             priority: smaller is sooner.
+            player: follows whoever plays the audio while it is made, on ``time.monotonic``; None
+                when nobody does.
 
         Raises:
             InvalidRequestError: the request is wrong; raised before the first item.
@@ -129,7 +133,12 @@ class AsyncLLM(Generic[VoicesT]):
         try:
             # Clips are decoded and texts tokenised here, which may take a while.
             task = await asyncio.to_thread(
-                self._processor.process, unique_id, prompt, params, priority=priority
+                self._processor.process,
+                unique_id,
+                prompt,
+                params,
+                priority=priority,
+                player=player,
             )
             if unique_id in self._early_aborts:
                 raise RequestAbortedError("the request was aborted")
@@ -173,8 +182,8 @@ class AsyncLLM(Generic[VoicesT]):
         if self._reader is not None:
             await asyncio.wait({self._reader})
 
-    def scheduler_stats(self) -> SchedulerStats:
-        """Queues and cache, as the engine last told."""
+    def engine_stats(self) -> EngineStats:
+        """Queues, caches and codec, as the engine last told."""
         return self._stats
 
     def count_tokens(self, text: str) -> int:

@@ -32,6 +32,7 @@ from vllm.v1.engine.messages import (
     EngineCoreOutputs,
     EngineCoreRequest,
     EngineInfo,
+    EngineStats,
 )
 from vllm.v1.executor import Executor, UniProcExecutor
 from vllm.v1.outputs import EncodedClip
@@ -75,10 +76,14 @@ class EngineCore:
         self._encoding: dict[str, _WaitingForClips] = {}  # req_id -> request
         self._queued_clips: set[str] = set()  # keys that the codec has been asked for
         self._clip_codes: OrderedDict[str, NDArray[np.int16]] = OrderedDict()  # key -> [K, T]
+        self._num_clip_queries = 0
+        self._num_clip_hits = 0  # without asking the codec
         self._refused: list[EngineCoreOutput] = []
         self._scheduler = self._make_scheduler()
         self._warm_up()
-        self._scheduler = self._make_scheduler()  # without traces of the warm-up
+        # Without traces of the warm-up:
+        self._scheduler = self._make_scheduler()
+        self._executor.reset_codec_stats()
 
     # The life of a request, as the clients see it
 
@@ -86,6 +91,8 @@ class EngineCore:
         """Take a request; one that cannot run ends with an output that says why."""
         waiting = _WaitingForClips(request, self._pattern)
         for clip, key in waiting.missing():
+            self._num_clip_queries += 1
+            self._num_clip_hits += key in self._clip_codes or key in self._queued_clips
             if key in self._clip_codes:
                 self._clip_codes.move_to_end(key)
                 waiting.fill(key, self._clip_codes[key])
@@ -122,7 +129,7 @@ class EngineCore:
         self._take_clips(result.clips)
         outputs = self._scheduler.update_from_output(plan, result)
         refused, self._refused = self._refused, []
-        return EngineCoreOutputs((*refused, *outputs), self._scheduler.stats())
+        return EngineCoreOutputs((*refused, *outputs), self._stats())
 
     def check_integrity(self) -> None:
         """Assert that scheduler and worker agree about rows and blocks."""
@@ -131,6 +138,16 @@ class EngineCore:
 
     def shutdown(self) -> None:
         self._executor.shutdown()
+
+    def _stats(self) -> EngineStats:
+        """Queues now, and counts since the warm-up."""
+        codec = self._executor.codec_stats()
+        return EngineStats(
+            scheduler=self._scheduler.stats(),
+            codec=codec,
+            num_clip_queries=self._num_clip_queries,
+            num_clip_hits=self._num_clip_hits + codec.num_known_clips,
+        )
 
     # Clips: samples become codes beside the steps, then the request is scheduled
 

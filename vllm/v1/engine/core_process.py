@@ -19,7 +19,7 @@ from vllm.exceptions import HiggsAudioError
 from vllm.logger import configure_logging, get_logger
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.ipc import decode_command, decode_config, encode_outputs
-from vllm.v1.engine.messages import EngineCoreCommand, EngineCoreOutputs, SchedulerStats
+from vllm.v1.engine.messages import EngineCoreCommand, EngineCoreOutputs, EngineStats
 
 __all__ = ["main"]
 
@@ -81,7 +81,7 @@ def main(address: str) -> int:
 
 def _run(core: EngineCore, connection: _Connection) -> None:
     """Take commands, step, send; until the client ends it."""
-    last_stats, last_sent = SchedulerStats(), 0.0
+    last_stats, last_sent = EngineStats(), 0.0
     while True:
         for command in connection.receive(wait=not core.has_work()):
             if command.shutdown:

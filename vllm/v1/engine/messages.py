@@ -10,17 +10,22 @@ from dataclasses import dataclass, field
 
 from vllm.outputs import FinishReason
 from vllm.sampling_params import SamplingParams
+from vllm.v1.outputs import CodecStats
 
 __all__ = [
+    "STEP_TOKEN_BUCKETS",
     "ClipData",
     "EngineCoreCommand",
     "EngineCoreOutput",
     "EngineCoreOutputs",
     "EngineCoreRequest",
     "EngineInfo",
+    "EngineStats",
     "RequestStats",
     "SchedulerStats",
 ]
+
+STEP_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,20 @@ class SchedulerStats:
     prefix_cache_queries: int = 0  # positions asked for, since start
     prefix_cache_hits: int = 0  # positions found, since start
     num_preemptions: int = 0  # since start
+    # Steps since start by the positions they computed: up to each of STEP_TOKEN_BUCKETS (and above
+    # the one before), then those above the last. Empty without an engine.
+    step_token_counts: tuple[int, ...] = ()
+    num_step_tokens: int = 0  # positions of all these steps
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Figures of the whole engine after a step."""
+
+    scheduler: SchedulerStats = field(default_factory=SchedulerStats)
+    codec: CodecStats = field(default_factory=CodecStats)
+    num_clip_queries: int = 0  # reference clips that came as samples, since start
+    num_clip_hits: int = 0  # of these, the ones that were not encoded anew
 
 
 @dataclass(frozen=True)
@@ -126,6 +145,6 @@ class EngineCoreOutputs:
     """The one message from the engine process: what one step has to say."""
 
     outputs: tuple[EngineCoreOutput, ...] = ()
-    stats: SchedulerStats = field(default_factory=SchedulerStats)
+    stats: EngineStats = field(default_factory=EngineStats)
     info: EngineInfo | None = None  # in the first message of a process that is ready
     failure: str | None = None  # in the last message of a process that could not start or go on

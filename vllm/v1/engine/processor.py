@@ -17,9 +17,23 @@ from numpy.typing import NDArray
 
 from vllm.config import EngineConfig
 from vllm.exceptions import InvalidRequestError
-from vllm.prompts import BuiltPrompt, PromptClip, SpeechPrompt, SpokenTurn, Voice, VoiceSource
+from vllm.player import VirtualPlayer
+from vllm.prompts import (
+    BuiltPrompt,
+    PromptClip,
+    Speaker,
+    SpeechPrompt,
+    SpokenTurn,
+    Voice,
+    VoiceSource,
+    resolve_voices,
+)
 from vllm.prompts.registry import load_prompt_builder
-from vllm.prompts.splitting import speech_limit_seconds, split_text
+from vllm.prompts.splitting import (
+    repeat_speakers,
+    speech_limit_seconds,
+    split_text,
+)
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.messages import EngineInfo
 from vllm.v1.engine.speech_task import Guards, Part, SpeechTask, frames_of
@@ -55,8 +69,9 @@ class Processor:
         params: SamplingParams,
         *,
         priority: int = 0,
+        player: VirtualPlayer | None = None,
     ) -> SpeechTask:
-        """Make the task of one request.
+        """Make the task of one request; the arguments are those of ``AsyncLLM.generate``.
 
         Raises:
             InvalidRequestError: a field is wrong; ``param`` names it.
@@ -65,10 +80,12 @@ class Processor:
         if prompt.is_raw:
             parts, keeps_voice = [self._raw_part(prompt)], False
         else:
-            voice = self._voice(prompt)
+            speakers = self._speakers(prompt)
+            voice = speakers[0].voice if speakers else self._voice(prompt)
             self._check_history(prompt.history)
-            parts = self._text_parts(prompt, voice)
-            keeps_voice = voice.clip is None and not prompt.history
+            parts = self._text_parts(prompt, voice, speakers)
+            has_clips = all(each.clip is not None for each in _voices_of(voice, speakers))
+            keeps_voice = not has_clips and not prompt.history
         is_guarded = not prompt.is_raw and params.eos_rule == "strict"
         if not is_guarded:
             parts = [dataclasses.replace(part, max_frames=None) for part in parts]
@@ -82,6 +99,7 @@ class Processor:
             info=self._info,
             arrival_time=arrival_time,
             priority=priority,
+            player=player,
         )
 
     def count_tokens(self, text: str) -> int:
@@ -90,7 +108,8 @@ class Processor:
 
     def _voice(self, prompt: SpeechPrompt) -> Voice:
         if prompt.ref_audio is None:
-            return self._voices.resolve(prompt.voice)
+            given = prompt.voice
+            return given if isinstance(given, Voice) else self._voices.resolve(given)
         self._check_can_encode("ref_audio")
         samples = self._clip_samples(prompt.ref_audio)
         num_frames = samples.size // self._info.hop_length
@@ -101,6 +120,10 @@ class Processor:
             transcript=prompt.ref_text,
             clip=PromptClip(num_frames, samples=samples),
         )
+
+    def _speakers(self, prompt: SpeechPrompt) -> list[Speaker]:
+        voices = resolve_voices(self._voices, prompt.voices)
+        return [Speaker(name, voices[name]) for name in prompt.named_speakers]
 
     def _check_can_encode(self, field: str) -> None:
         if not self._info.can_encode:
@@ -144,12 +167,14 @@ class Processor:
             )
         return np.pad(samples, (0, -samples.size % hop))
 
-    def _text_parts(self, prompt: SpeechPrompt, voice: Voice) -> list[Part]:
+    def _text_parts(
+        self, prompt: SpeechPrompt, voice: Voice, speakers: Sequence[Speaker]
+    ) -> list[Part]:
         has_guard = self._config.audio.text_length_guard
         return [
             Part(
                 text,
-                self._build_call(prompt, voice, text),
+                self._build_call(prompt, voice, speakers, text),
                 frames_of(speech_limit_seconds(text), self._info) if has_guard else None,
             )
             for text in self._split(prompt, voice)
@@ -163,10 +188,12 @@ class Processor:
         spoken = [
             piece for piece in pieces if self._builder.is_speakable(piece, normalize=normalize)
         ]
+        if prompt.voices:
+            spoken = list(repeat_speakers(spoken))
         return spoken or [prompt.text]
 
     def _build_call(
-        self, prompt: SpeechPrompt, voice: Voice, text: str
+        self, prompt: SpeechPrompt, voice: Voice, speakers: Sequence[Speaker], text: str
     ) -> Callable[[Sequence[SpokenTurn]], BuiltPrompt]:
         def build(history: Sequence[SpokenTurn]) -> BuiltPrompt:
             return self._builder.build(
@@ -176,6 +203,7 @@ class Processor:
                 system_prompt=prompt.system_prompt,
                 normalize=prompt.normalize,
                 history=(*prompt.history, *history),
+                speakers=speakers,
             )
 
         return build
@@ -195,6 +223,10 @@ class Processor:
             max_audio_frames=frames_of(max_audio_s, self._info),
             max_silence_frames=frames_of(max_silence_s, self._info),
         )
+
+
+def _voices_of(voice: Voice, speakers: Sequence[Speaker]) -> list[Voice]:
+    return [speaker.voice for speaker in speakers] or [voice]
 
 
 def _tighter(asked: float | None, server: float) -> float:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vllm.exceptions import PromptTooLongError
 from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
+from vllm.player import VirtualPlayer
 from vllm.prompts import BuiltPrompt, PromptClip, SpokenTurn
 from vllm.sampling_params import SamplingParams
 from vllm.seeds import derive_seed
@@ -25,6 +26,8 @@ __all__ = ["Guards", "Part", "SpeechTask", "frames_of"]
 
 # A part that ends so has said what it could; the text goes on with the next one.
 _GOES_ON = frozenset({FinishReason.STOP, FinishReason.SILENCE, FinishReason.TEXT_LENGTH})
+# A task that ends so has been broken off: whoever listened still waits for audio.
+_BREAKS_OFF = frozenset({FinishReason.ABORT, FinishReason.DEADLINE, FinishReason.ERROR})
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class SpeechTask:
         info: of the engine.
         arrival_time: ``time.monotonic()`` at which the request came.
         priority: smaller is sooner.
+        player: of whoever listens while the audio is made; it is fed here. None if nobody does.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class SpeechTask:
         info: EngineInfo,
         arrival_time: float,
         priority: int = 0,
+        player: VirtualPlayer | None = None,
     ) -> None:
         self.request_id = request_id
         self.seed = seed
@@ -89,6 +94,7 @@ class SpeechTask:
         self._info = info
         self._arrival_time = arrival_time
         self._priority = priority
+        self._player = player
         self._index = 0
         self._usage = Usage()
         self._queue_time_s = 0.0
@@ -143,14 +149,17 @@ class SpeechTask:
         audio = np.frombuffer(output.audio, np.float32)
         codes = np.frombuffer(output.codes, np.int16).reshape(num_codebooks, -1)
         delayed = np.frombuffer(output.delayed_codes, np.int16).reshape(-1, num_codebooks)
+        now = time.monotonic()
         if audio.size and self._first_audio_s is None:
-            self._first_audio_s = time.monotonic() - self._arrival_time
+            self._first_audio_s = now - self._arrival_time
         self._part_frames += codes.shape[1]
         self._part_delayed += delayed.shape[0]
         if self._keeps_voice and self._index == 0:
             self._first_codes.append(codes)
         if output.finish_reason is not None:
             self._end_part(output, output.finish_reason)
+        if self._player is not None:
+            self._play(self._player, now, audio.size)
         return SpeechOutput(
             request_id=self.request_id,
             audio=audio,
@@ -163,6 +172,14 @@ class SpeechTask:
             seed=self.seed,
             error=output.error,
         )
+
+    def _play(self, player: VirtualPlayer, now: float, num_samples: int) -> None:
+        # NOTE: here and not where bytes leave, so that a slow reader is no slow server.
+        player.feed(now, num_samples / self._info.sample_rate)
+        if self.finish_reason in _BREAKS_OFF:
+            player.leave(now)
+        elif self.finish_reason is not None:
+            player.end()
 
     def _end_part(self, output: EngineCoreOutput, reason: FinishReason) -> None:
         stats = output.stats

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm.v1.core.sched_output import SchedulerOutput
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import CodecStats, ModelRunnerOutput
 from vllm.v1.worker import WorkerInfo
 
 __all__ = ["Executor"]
@@ -30,6 +30,14 @@ class Executor(Protocol):
 
     def has_codec_work(self) -> bool:
         """Whether audio or codes will come without another step of the model."""
+        ...
+
+    def codec_stats(self) -> CodecStats:
+        """What the codec has done since ``reset_codec_stats``."""
+        ...
+
+    def reset_codec_stats(self) -> None:
+        """Count the codec's work from zero again."""
         ...
 
     def check_integrity(self) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from vllm.config import EngineConfig
 from vllm.v1.core.sched_output import SchedulerOutput
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import CodecStats, ModelRunnerOutput
 from vllm.v1.worker import Worker, WorkerInfo
 
 __all__ = ["UniProcExecutor"]
@@ -45,6 +45,12 @@ class UniProcExecutor:
 
     def has_codec_work(self) -> bool:
         return self._worker.has_codec_work()
+
+    def codec_stats(self) -> CodecStats:
+        return self._worker.codec_stats()
+
+    def reset_codec_stats(self) -> None:
+        self._worker.reset_codec_stats()
 
     def check_integrity(self) -> None:
         self._worker.check_integrity()

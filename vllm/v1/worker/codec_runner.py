@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from vllm.logger import get_logger
 from vllm.model_executor.codecs.clip_cache import ClipCache
 from vllm.model_executor.codecs.streaming import DEFAULT_RAMP, Window, WindowPlan
-from vllm.v1.outputs import AudioChunk, EncodedClip
+from vllm.v1.outputs import AudioChunk, CodecStats, EncodedClip
 
 if TYPE_CHECKING:
     from vllm.model_executor.codecs.interface import Codec
@@ -86,6 +86,7 @@ class CodecRunner:
         self._chunks: list[AudioChunk] = []
         self._encoded: list[EncodedClip] = []
         self._num_running = 0
+        self._stats = CodecStats()
         self._stopping = False
         self._thread = self._start_thread(num_threads) if threaded else None
 
@@ -150,6 +151,16 @@ class CodecRunner:
         """Whether a window or clip is due or running, or a result waits to be polled."""
         with self._changed:
             return self._has_results() or self._is_working()
+
+    def stats(self) -> CodecStats:
+        """Counts, and how many windows wait now."""
+        with self._changed:
+            return replace(self._stats, num_waiting=len(self._ready))
+
+    def reset_stats(self) -> None:
+        """Count from zero again."""
+        with self._changed:
+            self._stats = CodecStats()
 
     def shutdown(self) -> None:
         """Stop after the operation that runs now; queued work is dropped."""
@@ -287,6 +298,7 @@ class CodecRunner:
         batch: list[tuple[_Stream, Window]],
         inputs: list[tuple[NDArray[np.int16], Window]],
     ) -> None:
+        started_at = time.perf_counter()
         try:
             outputs = self._decoder.decode(inputs)
         except Exception as error:  # the thread outlives whatever one request brings about
@@ -300,16 +312,30 @@ class CodecRunner:
                 self._decode_batch([item], [one])
             return
         with self._changed:
+            self._stats = replace(
+                self._stats,
+                num_windows=self._stats.num_windows + len(batch),
+                decode_time_s=self._stats.decode_time_s + time.perf_counter() - started_at,
+            )
             for (stream, window), samples in zip(batch, outputs, strict=True):
                 self._deliver(stream, window, samples)
 
     def _encode_clip(self, key: str, samples: NDArray[np.float32]) -> None:
+        started_at = time.perf_counter()
+        is_known = False
         try:
-            encoded = EncodedClip(key, self._encoder.encode(samples))
+            codes, is_known = self._encoder.encode(samples)
+            encoded = EncodedClip(key, codes)
         except Exception as error:  # as above: it ends this clip only
             logger.warning("cannot encode clip %s: %s", key, error)
             encoded = EncodedClip(key, None, error=str(error) or type(error).__name__)
         with self._changed:
+            self._stats = replace(
+                self._stats,
+                num_clips=self._stats.num_clips + (not is_known),
+                num_known_clips=self._stats.num_known_clips + is_known,
+                encode_time_s=self._stats.encode_time_s + time.perf_counter() - started_at,
+            )
             self._encoded.append(encoded)
 
 
@@ -394,17 +420,18 @@ class _ClipEncoder:
         self._cache = cache
 
     @torch.inference_mode()
-    def encode(self, samples: NDArray[np.float32]) -> NDArray[np.int16]:
-        """Samples [n] to codes int16 [K, ceil(n / hop)]."""
+    def encode(self, samples: NDArray[np.float32]) -> tuple[NDArray[np.int16], bool]:
+        """Samples [n] to codes int16 [K, ceil(n / hop)], and whether these were known already."""
         samples = np.ascontiguousarray(samples, dtype=np.float32)
         key = ClipCache.key(samples, self._codec.encoder_fingerprint)
         codes = self._cache.get(key)
+        is_known = codes is not None
         if codes is None:
             padded = np.pad(samples, (0, -len(samples) % self._codec.hop_length))
             encoded = self._codec.encode(torch.from_numpy(padded)[None].to(self._device))
             codes = encoded[0].cpu().numpy().astype(np.int16)
             self._cache.put(key, codes)
-        return codes
+        return codes, is_known
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from vllm.model_executor.codecs import ClipCache, Codec, load_codec
 from vllm.model_executor.models import SpeechModel, load_model
 from vllm.platforms import select_platform
 from vllm.v1.core.sched_output import SchedulerOutput
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import CodecStats, ModelRunnerOutput
 from vllm.v1.worker.codec_runner import CodecRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.memory import KVBudget, num_kv_blocks
@@ -131,6 +131,13 @@ class Worker:
     def has_codec_work(self) -> bool:
         """Whether audio or codes will come without another step of the model."""
         return self._codec_runner.has_work()
+
+    def codec_stats(self) -> CodecStats:
+        """What the codec has done since ``reset_codec_stats``."""
+        return self._codec_runner.stats()
+
+    def reset_codec_stats(self) -> None:
+        self._codec_runner.reset_stats()
 
     def check_integrity(self) -> None:
         self._runner.check_integrity()
