@@ -40,3 +40,42 @@ void hav_rms_norm(hav_pool* pool, const float* x, int64_t x_stride, const float*
                   float* y, int64_t y_stride, int64_t num_rows, int64_t width) {
   hav::kernels().rms_norm(as_pool(pool), x, x_stride, weight, eps, y, y_stride, num_rows, width);
 }
+
+void hav_silu_mul(hav_pool* pool, const float* gate_up, int64_t gate_up_stride, float* y,
+                  int64_t y_stride, int64_t num_rows, int64_t width) {
+  hav::kernels().silu_mul(as_pool(pool), gate_up, gate_up_stride, y, y_stride, num_rows, width);
+}
+
+void hav_embed_codes(hav_pool* pool, const float* table, int64_t width, const int64_t* codes,
+                     int64_t codes_stride, int64_t num_codebooks, int64_t codebook_size, float* y,
+                     int64_t y_stride, int64_t num_rows) {
+  hav::kernels().embed_codes(as_pool(pool), table, width, codes, codes_stride, num_codebooks,
+                             codebook_size, y, y_stride, num_rows);
+}
+
+void hav_attend_rows(hav_pool* pool, const hav_kv_cache* cache, const hav_attention* attention,
+                     const float* queries, int64_t query_stride, float* context,
+                     int64_t context_stride) {
+  hav::kernels().attend_rows(as_pool(pool), cache, attention, queries, query_stride, context,
+                             context_stride);
+}
+
+void hav_rope_write_attend(hav_pool* pool, const hav_kv_cache* cache,
+                           const hav_attention* attention, const float* cos,
+                           const float* signed_sin, float* qkv, int64_t qkv_stride, float* context,
+                           int64_t context_stride) {
+  hav::kernels().rope_write_attend(as_pool(pool), cache, attention, cos, signed_sin, qkv,
+                                   qkv_stride, context, context_stride);
+}
+
+void hav_sample_frames(hav_pool* pool, const hav_streams* streams, const hav_sampling* sampling,
+                       const int64_t* rows, int64_t num_rows, float* logits, int16_t* frames,
+                       uint8_t* status) {
+  hav::kernels().sample_frames(as_pool(pool), streams, sampling, rows, num_rows, logits, frames,
+                               status);
+}
+
+void hav_uniform(const uint64_t* seeds, const int64_t* steps, int64_t num_rows,
+                 int64_t num_codebooks, uint32_t purpose, float* numbers) {
+  hav::kernels().uniform_numbers(seeds, steps, num_rows, num_codebooks, purpose, numbers);
+}

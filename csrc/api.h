@@ -62,6 +62,100 @@ HAV_API int32_t hav_pool_num_threads(const hav_pool* pool);
 HAV_API void hav_rms_norm(hav_pool* pool, const float* x, int64_t x_stride, const float* weight,
                           float eps, float* y, int64_t y_stride, int64_t num_rows, int64_t width);
 
+// silu(gate) * up, with silu(z) = z / (1 + e^-z), for gate and up side by side.
+//   gate_up  [num_rows, 2 * width] with stride gate_up_stride
+//   y        [num_rows, width] with stride y_stride
+HAV_API void hav_silu_mul(hav_pool* pool, const float* gate_up, int64_t gate_up_stride, float* y,
+                          int64_t y_stride, int64_t num_rows, int64_t width);
+
+// Sum over codebooks of one row of a table each: code c of codebook k has row k * codebook_size +
+// c.
+//   table  [num_codebooks * codebook_size, width]
+//   codes  [num_rows, num_codebooks] with stride codes_stride
+//   y      [num_rows, width] with stride y_stride
+HAV_API void hav_embed_codes(hav_pool* pool, const float* table, int64_t width,
+                             const int64_t* codes, int64_t codes_stride, int64_t num_codebooks,
+                             int64_t codebook_size, float* y, int64_t y_stride, int64_t num_rows);
+
+// ---- Paged attention --------------------------------------------------------------------------
+
+// The KV cache of one layer, float32. Position p of a sequence lies in block table[p / block_size],
+// at offset p % block_size; keys + block * block_stride + head * head_stride +
+// offset * position_stride is its key, and its value lies value_offset behind that. The head_dim
+// elements of a key are contiguous, and so are those of a value.
+typedef struct {
+  float* keys;
+  int64_t value_offset, block_stride, head_stride, position_stride;
+  int64_t block_size, num_kv_heads;
+  int64_t head_dim;  // a multiple of 16
+} hav_kv_cache;
+
+// Which positions the rows of a step see. Row r sees 0 .. positions[r] of the sequence whose block
+// table is row tables[r] of block_tables. What lies in blocks beyond is never read.
+typedef struct {
+  const int64_t* block_tables;  // stride block_table_stride
+  int64_t block_table_stride;
+  const int64_t* tables;     // [num_rows]
+  const int64_t* positions;  // [num_rows]
+  int64_t num_rows;
+  int64_t num_heads;  // of queries; a multiple of num_kv_heads
+  float scale;        // of the scores
+} hav_attention;
+
+// Softmax attention, for a decode step (one row of each sequence) as well as a prefill (many rows).
+//   queries  [num_rows, num_heads * head_dim] with stride query_stride
+//   context  the same shape with stride context_stride; must not be queries
+HAV_API void hav_attend_rows(hav_pool* pool, const hav_kv_cache* cache,
+                             const hav_attention* attention, const float* queries,
+                             int64_t query_stride, float* context, int64_t context_stride);
+
+// A decode step's attention with all that comes before it: rotates queries and keys, writes keys
+// and values to their pages, then attends. No two rows may share a sequence.
+//   cos, signed_sin  [num_positions, head_dim]; the first half of the sines is negated
+//   qkv              [num_rows, (num_heads + 2 * num_kv_heads) * head_dim]: queries, keys, values;
+//                    queries and keys are rotated in place
+HAV_API void hav_rope_write_attend(hav_pool* pool, const hav_kv_cache* cache,
+                                   const hav_attention* attention, const float* cos,
+                                   const float* signed_sin, float* qkv, int64_t qkv_stride,
+                                   float* context, int64_t context_stride);
+
+// ---- Sampling ---------------------------------------------------------------------------------
+
+#define HAV_MAX_CODEBOOK_SIZE 4096
+
+// Streams of codes of persistent rows, in the memory of CodebookState.
+typedef struct {
+  int64_t* last_frame;  // [max_num_rows, num_codebooks]
+  int64_t* counters;    // [max_num_rows, 6]
+  int16_t* history;     // [max_num_rows, 64, num_codebooks]
+  int64_t num_codebooks;
+  int64_t codebook_size;  // BOS and EOS included; at most HAV_MAX_CODEBOOK_SIZE
+  int64_t bos, eos;
+} hav_streams;
+
+// Settings of persistent rows, each [max_num_rows], in the memory of RowSettings.
+typedef struct {
+  const float* temperature;
+  const int64_t* top_k;
+  const float* top_p;
+  const uint64_t* seed;
+  const int64_t* ras_window;
+  const int64_t* ras_repeats;
+  const uint8_t* ras_blocks;
+} hav_sampling;
+
+// Draws one frame for each of `rows` [num_rows] and appends it to the row's stream.
+//   logits  [num_rows, num_codebooks * codebook_size], overwritten
+//   frames  [num_rows, num_codebooks]
+//   status  [num_rows]: 0 running, 1 ended by EOS, 2 frame limit
+HAV_API void hav_sample_frames(hav_pool* pool, const hav_streams* streams,
+                               const hav_sampling* sampling, const int64_t* rows, int64_t num_rows,
+                               float* logits, int16_t* frames, uint8_t* status);
+
+// Philox numbers in [0, 1): numbers [num_rows, num_codebooks] of (seed, step, codebook, purpose).
+HAV_API void hav_uniform(const uint64_t* seeds, const int64_t* steps, int64_t num_rows,
+                         int64_t num_codebooks, uint32_t purpose, float* numbers);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,6 +1,10 @@
 // The table of one instruction set; compiled once for each.
+#include "decode_attention.h"
+#include "embed_codes.h"
 #include "kernels.h"
 #include "rms_norm.h"
+#include "sampler.h"
+#include "silu_mul.h"
 
 namespace hav::HAV_ISA {
 
@@ -8,8 +12,8 @@ namespace hav::HAV_ISA {
 #define HAV_NAME_OF_(isa) #isa
 
 const Kernels kKernels = {
-    HAV_NAME_OF(HAV_ISA),
-    rms_norm,
+    HAV_NAME_OF(HAV_ISA), rms_norm,          silu_mul,      embed_codes,
+    attend_rows,          rope_write_attend, sample_frames, uniform_numbers,
 };
 
 }  // namespace hav::HAV_ISA

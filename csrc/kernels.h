@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "api.h"
 #include "thread_pool.h"
 
 namespace hav {
@@ -14,6 +15,23 @@ struct Kernels {
   const char* isa;
   void (*rms_norm)(ThreadPool* pool, const float* x, int64_t x_stride, const float* weight,
                    float eps, float* y, int64_t y_stride, int64_t num_rows, int64_t width);
+  void (*silu_mul)(ThreadPool* pool, const float* gate_up, int64_t gate_up_stride, float* y,
+                   int64_t y_stride, int64_t num_rows, int64_t width);
+  void (*embed_codes)(ThreadPool* pool, const float* table, int64_t width, const int64_t* codes,
+                      int64_t codes_stride, int64_t num_codebooks, int64_t codebook_size, float* y,
+                      int64_t y_stride, int64_t num_rows);
+  void (*attend_rows)(ThreadPool* pool, const hav_kv_cache* cache, const hav_attention* attention,
+                      const float* queries, int64_t query_stride, float* context,
+                      int64_t context_stride);
+  void (*rope_write_attend)(ThreadPool* pool, const hav_kv_cache* cache,
+                            const hav_attention* attention, const float* cos,
+                            const float* signed_sin, float* qkv, int64_t qkv_stride, float* context,
+                            int64_t context_stride);
+  void (*sample_frames)(ThreadPool* pool, const hav_streams* streams, const hav_sampling* sampling,
+                        const int64_t* rows, int64_t num_rows, float* logits, int16_t* frames,
+                        uint8_t* status);
+  void (*uniform_numbers)(const uint64_t* seeds, const int64_t* steps, int64_t num_rows,
+                          int64_t num_codebooks, uint32_t purpose, float* numbers);
 };
 
 // The table in use; see hav_select_isa.

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
@@ -53,6 +53,27 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         None,
         (c_void_p, c_void_p, c_int64, c_void_p, c_float, c_void_p, c_int64, c_int64, c_int64),
     ),
+    "hav_silu_mul": (
+        None,
+        (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64),
+    ),
+    "hav_embed_codes": (
+        None,
+        (
+            *(c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64),
+            *(c_void_p, c_int64, c_int64),
+        ),
+    ),
+    "hav_attend_rows": (
+        None,
+        (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64),
+    ),
+    "hav_rope_write_attend": (
+        None,
+        (*(c_void_p,) * 6, c_int64, c_void_p, c_int64),
+    ),
+    "hav_sample_frames": (None, (*(c_void_p,) * 4, c_int64, *(c_void_p,) * 3)),
+    "hav_uniform": (None, (c_void_p, c_void_p, c_int64, c_int64, c_uint32, c_void_p)),
 }
 
 _is_disabled = False

@@ -25,6 +25,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from vllm.kernels.sampler import StreamMemory
 from vllm.model_executor.framing import DelayPattern
 from vllm.sampling_params import MAX_RAS_WINDOW, EosRule
 
@@ -101,6 +102,17 @@ class CodebookState:
     def num_frames(self) -> Tensor:
         """Delayed frames of every row so far, int64 [max_num_rows]."""
         return self._counters[:, _NUM_FRAMES]
+
+    @property
+    def memory(self) -> StreamMemory:
+        """The rows' state itself, for native code that takes steps on it."""
+        return StreamMemory(
+            last_frame=self.last_frame,
+            counters=self._counters,
+            history=self._history,
+            bos=self.pattern.bos,
+            eos=self.pattern.eos,
+        )
 
     def add_row(
         self, row: int, *, eos_rule: EosRule = "strict", frame_limit: int | None = None

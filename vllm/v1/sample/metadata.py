@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm.kernels.sampler import SamplingMemory
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.ops.repetition_aware import RasParams, ras_params
 from vllm.v1.sample.ops.temperature import Temperature
@@ -31,6 +32,19 @@ class RowSettings:
         self.ras_window = np.zeros(max_num_rows, np.int64)  # [max_num_rows]
         self.ras_repeats = np.zeros(max_num_rows, np.int64)  # [max_num_rows]
         self.ras_blocks = np.zeros(max_num_rows, np.bool_)  # [max_num_rows], mode "block"
+
+    @property
+    def memory(self) -> SamplingMemory:
+        """The settings themselves, for native code."""
+        return SamplingMemory(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            ras_window=self.ras_window,
+            ras_repeats=self.ras_repeats,
+            ras_blocks=self.ras_blocks,
+        )
 
     def set_row(self, row: int, params: SamplingParams, seed: int) -> None:
         """Settings of one row; ``seed`` is the one in use, ``params.seed`` may be None."""

@@ -1,0 +1,64 @@
+// Functions of whole vectors that more than one kernel needs.
+#pragma once
+
+#include <utility>
+
+#include "simd.h"
+
+namespace hav::HAV_ISA {
+
+// e^x within 2 units in the last place for x from -87 to 88; below that, at most 1.2e-38.
+HAV_INLINE F32 exp_of(F32 x) {
+  x = max(x, splat(-87.3f));
+  const I32 octaves = round_to_i32(x * splat(1.442695041f));
+  const F32 n = to_f32(octaves);
+  // ln 2 in two parts, so that the remainder keeps its low bits.
+  const F32 r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
+  F32 y = splat(1.9875691500e-4f);
+  y = fma(y, r, splat(1.3981999507e-3f));
+  y = fma(y, r, splat(8.3334519073e-3f));
+  y = fma(y, r, splat(4.1665795894e-2f));
+  y = fma(y, r, splat(1.6666665459e-1f));
+  y = fma(y, r, splat(5.0000001201e-1f));
+  y = fma(y, r * r, r) + splat(1.0f);
+  return y * two_to_the(octaves);
+}
+
+// x / (1 + e^-x).
+HAV_INLINE F32 silu(F32 x) {
+  const F32 clamped = max(x, splat(-87.0f));
+  return x / (splat(1.0f) + exp_of(zero() - clamped));
+}
+
+// One step of `sums_of`: rows a and b, folded to half their width and put side by side within
+// each run of 2 * kHalf lanes.
+template <int kHalf, int... kLane>
+HAV_INLINE F32 fold(F32 a, F32 b, std::integer_sequence<int, kLane...>) {
+  constexpr int kLanes = F32::kLanes;
+  const auto low = __builtin_shufflevector(
+      a.v, b.v,
+      (kLane / (2 * kHalf) * (2 * kHalf) + kLane % kHalf + kLane / kHalf % 2 * kLanes)...);
+  const auto high = __builtin_shufflevector(
+      a.v, b.v,
+      (kLane / (2 * kHalf) * (2 * kHalf) + kLane % kHalf + kLane / kHalf % 2 * kLanes + kHalf)...);
+  return F32{low} + F32{high};
+}
+
+template <int kHalf>
+HAV_INLINE void fold_all(F32* rows) {
+  if constexpr (kHalf >= 1) {
+    for (int i = 0; i < kHalf; ++i) {
+      rows[i] =
+          fold<kHalf>(rows[i], rows[i + kHalf], std::make_integer_sequence<int, F32::kLanes>{});
+    }
+    fold_all<kHalf / 2>(rows);
+  }
+}
+
+// The sum of each of F32::kLanes vectors, in their order; overwrites them.
+HAV_INLINE F32 sums_of(F32* rows) {
+  fold_all<F32::kLanes / 2>(rows);
+  return rows[0];
+}
+
+}  // namespace hav::HAV_ISA

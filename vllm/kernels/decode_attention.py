@@ -1,0 +1,160 @@
+"""Attention of single rows over the paged KV cache, natively; there is no other form of it here.
+
+The Python face of ``csrc/decode_attention.cc``. ``attention`` is the form for every device, and
+what this one is compared with.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from vllm.kernels import native
+
+__all__ = ["AttentionStruct", "KVCacheStruct", "attend_rows", "can_attend", "rope_write_attend"]
+
+_HEAD_QUANTUM = 16  # head_dim is a multiple of it
+
+
+class KVCacheStruct(ctypes.Structure):
+    """``hav_kv_cache``."""
+
+    _fields_ = (
+        ("keys", c_void_p),
+        ("value_offset", c_int64),
+        ("block_stride", c_int64),
+        ("head_stride", c_int64),
+        ("position_stride", c_int64),
+        ("block_size", c_int64),
+        ("num_kv_heads", c_int64),
+        ("head_dim", c_int64),
+    )
+
+    @classmethod
+    def of(cls, cache: Tensor) -> KVCacheStruct:
+        """View of a cache [2, num_blocks, num_kv_heads, block_size, head_dim], with any strides."""
+        assert can_attend(cache.dtype, cache.shape[4])
+        assert cache.stride(4) == 1
+        return cls(cache.data_ptr(), *cache.stride()[:4], cache.shape[3], *cache.shape[2::2])
+
+
+class AttentionStruct(ctypes.Structure):
+    """``hav_attention``."""
+
+    _fields_ = (
+        ("block_tables", c_void_p),
+        ("block_table_stride", c_int64),
+        ("tables", c_void_p),
+        ("positions", c_void_p),
+        ("num_rows", c_int64),
+        ("num_heads", c_int64),
+        ("scale", c_float),
+    )
+
+    @classmethod
+    def of(
+        cls, block_tables: Tensor, tables: Tensor, positions: Tensor, num_heads: int, scale: float
+    ) -> AttentionStruct:
+        """Rows that see positions 0 .. ``positions`` of the sequences in ``block_tables``."""
+        assert block_tables.stride(1) == 1
+        return cls(
+            block_tables.data_ptr(),
+            block_tables.stride(0),
+            tables.data_ptr(),
+            positions.data_ptr(),
+            len(tables),
+            num_heads,
+            scale,
+        )
+
+
+def can_attend(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the native form takes caches like this."""
+    return dtype == torch.float32 and head_dim % _HEAD_QUANTUM == 0
+
+
+def attend_rows(
+    query: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    tables: Tensor,
+    positions: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of queries whose keys are all in the cache.
+
+    Args:
+        query: float32 [N, num_heads, head_dim], contiguous.
+        cache: float32 [2, num_blocks, num_kv_heads, block_size, head_dim].
+        block_tables: int64 [num_sequences, max_blocks].
+        tables: int64 [N], the sequence of each row.
+        positions: int64 [N], the last position that each row sees.
+        scale: factor on the scores.
+
+    Returns:
+        [N, num_heads, head_dim]; each row alone in its bits.
+    """
+    lib = native.library()
+    assert lib is not None
+    assert query.is_contiguous()
+    num_heads, head_dim = query.shape[1:]
+    context = torch.empty_like(query)
+    lib.hav_attend_rows(
+        native.pool(),
+        ctypes.byref(KVCacheStruct.of(cache)),
+        ctypes.byref(AttentionStruct.of(block_tables, tables, positions, num_heads, scale)),
+        query.data_ptr(),
+        num_heads * head_dim,
+        context.data_ptr(),
+        num_heads * head_dim,
+    )
+    return context
+
+
+def rope_write_attend(
+    qkv: Tensor,
+    cos: Tensor,
+    signed_sin: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    tables: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    scale: float,
+) -> Tensor:
+    """Attention of one new position for each of N sequences, which is written to the cache first.
+
+    Args:
+        qkv: float32 [N, (num_heads + 2 * num_kv_heads) * head_dim], contiguous; its queries and
+            keys are rotated in place.
+        cos: float32 [num_positions, 1, head_dim].
+        signed_sin: as ``cos``, the first half of the sines negated.
+        cache, block_tables, tables, scale: as in ``attend_rows``.
+        positions: int64 [N], the new position of each.
+        num_heads: of the queries.
+
+    Returns:
+        float32 [N, num_heads * head_dim].
+    """
+    lib = native.library()
+    assert lib is not None
+    assert qkv.is_contiguous()
+    assert cos.is_contiguous()
+    assert signed_sin.is_contiguous()
+    width = num_heads * cache.shape[4]
+    context = torch.empty(qkv.shape[0], width)
+    lib.hav_rope_write_attend(
+        native.pool(),
+        ctypes.byref(KVCacheStruct.of(cache)),
+        ctypes.byref(AttentionStruct.of(block_tables, tables, positions, num_heads, scale)),
+        cos.data_ptr(),
+        signed_sin.data_ptr(),
+        qkv.data_ptr(),
+        qkv.shape[1],
+        context.data_ptr(),
+        width,
+    )
+    return context
