@@ -169,15 +169,15 @@ class Clients:
 
 
 @contextlib.contextmanager
-def small_server() -> Iterator[tuple[str, psutil.Process]]:
-    """A ready server on the embedded model, and its process."""
+def small_server(*flags: str) -> Iterator[tuple[str, psutil.Process]]:
+    """A ready server on the embedded model, started with these flags, and its process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     program = [sys.executable, "-m", "vllm.entrypoints.cli", "serve", "--host", "127.0.0.1"]
     quiet = ["--disable-uvicorn-access-log", "--port", str(port)]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen([*program, *quiet, *SERVER_FLAGS], stderr=log, stdout=log)
+        process = subprocess.Popen([*program, *quiet, *flags], stderr=log, stdout=log)
         try:
             if not _becomes_ready(url, process):
                 log.seek(0)
@@ -266,7 +266,7 @@ def _memory_ends(memory: Sequence[tuple[float, int]], duration_s: float) -> tupl
 
 def run(*, num_clients: int, duration_s: float, show_progress: bool = True) -> Outcome:
     """Start a server, soak it, stop it."""
-    with small_server() as (url, process):
+    with small_server(*SERVER_FLAGS) as (url, process):
         return asyncio.run(
             soak(
                 url,

@@ -51,7 +51,17 @@ class FakeVoices:
 
     def list(self) -> list[dict[str, Any]]:
         return [
-            {"id": v.voice_id, "voice_id": v.voice_id, "name": v.name, "default": v.is_default}
+            {
+                "id": v.voice_id,
+                "voice_id": v.voice_id,
+                "name": v.name,
+                "description": v.description,
+                "language": v.language,
+                "labels": v.labels,
+                "default": v.is_default,
+                "duration": v.duration_s,
+                "uploaded": False,
+            }
             for v in self._voices.values()
         ]
 

@@ -122,9 +122,20 @@ def test_deadlines_reach_the_engine(start_server: Any) -> None:
     server.client.post("/v1/audio/speech", json=body, headers={"X-Request-Timeout": "7.5"})
     server.client.post("/v1/audio/speech", json={"input": "a"}, headers={"X-Request-Timeout": "7"})
     assert server.engine.timeouts == [4.0, 7.0]
-    refused = server.client.post(
-        "/v1/audio/speech", json={"input": "a"}, headers={"X-Request-Timeout": "soon"}
-    )
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/audio/speech", {"input": "a"}),
+        ("/v1/audio/speech/batch", {"items": [{"input": "a"}]}),
+        ("/generate/batch", [{"text": "a"}]),
+    ],
+)
+def test_a_deadline_that_is_no_number_refuses_the_whole_request(
+    live: Any, path: str, body: Any
+) -> None:
+    refused = live.client.post(path, json=body, headers={"X-Request-Timeout": "soon"})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "X-Request-Timeout"
 

@@ -219,6 +219,7 @@ def make_ticket(
 
 def ticket_maker(raw: Request, config: ServerConfig) -> Callable[[SamplingOptions], Ticket]:
     """Makes the ticket of each item of a request that holds several; raises as ``make_ticket``."""
+    _header_timeout(raw)  # a wrong header is no item's fault
 
     def make(item: SamplingOptions) -> Ticket:
         return make_ticket(

@@ -23,6 +23,43 @@ _ID_HEADER = {
     "description": "name of the request, sent back; a random one is given where it is missing",
     "schema": {"type": "string"},
 }
+_TIMEOUT_HEADER = {
+    "name": "X-Request-Timeout",
+    "in": "header",
+    "description": "seconds until the request ends as it is; of several limits the shortest counts",
+    "schema": {"type": "string", "pattern": r"^([0-9]{1,9}(\.[0-9]*)?|\.[0-9]+)$"},
+}
+_HELLO = [{"role": "user", "content": "Hello."}]
+#: Bodies that work as they stand, for readers and for programs that make bodies from them.
+_EXAMPLES: dict[str, dict[str, Any]] = {
+    "/v1/audio/speech": {
+        "streamed": {"input": "Hello.", "voice": "en_woman", "seed": 42},
+        "file": {"input": "Hello.", "response_format": "wav", "stream": False},
+        "events": {"input": "Hello.", "response_format": "pcm", "stream_format": "sse"},
+    },
+    "/v1/chat/completions": {
+        "file": {"messages": _HELLO, "audio": {"voice": "en_woman", "format": "wav"}},
+        "streamed": {"messages": _HELLO, "stream": True},
+    },
+    "/v1/audio/speech/batch": {
+        "two": {"items": [{"input": "One."}, {"input": "Two.", "voice": "en_man"}]}
+    },
+    "/generate": {"file": {"text": "Hello.", "temperature": 0.7}},
+    "/generate/batch": {"two": [{"text": "One."}, {"text": "Two.", "seed": 2}]},
+    "/cancel": {"one": {"request_id": "my-request-1"}},
+    "/v1/audio/voices": {
+        "described": {"name": "Storyteller", "type": "prompt", "prompt": "A calm, low voice."}
+    },
+}
+_SPEAKING_PATHS = frozenset(
+    {
+        "/v1/audio/speech",
+        "/v1/chat/completions",
+        "/v1/audio/speech/batch",
+        "/generate",
+        "/generate/batch",
+    }
+)
 
 
 class DescribedApp(FastAPI):
@@ -73,7 +110,13 @@ def _complete(operation: dict[str, Any], path: str, method: str) -> None:
     for reply in replies.values():
         reply["headers"] = {**header_docs(("X-Request-Id",)), **reply.get("headers", {})}
     operation["responses"] = {status: replies[status] for status in sorted(replies)}
-    operation.setdefault("parameters", []).append(_ID_HEADER)
+    parameters = operation.setdefault("parameters", [])
+    parameters.append(_ID_HEADER)
+    if path in _SPEAKING_PATHS:
+        parameters.append(_TIMEOUT_HEADER)
+    if path in _EXAMPLES and method == "post":
+        body = operation["requestBody"]["content"]["application/json"]
+        body["examples"] = {name: {"value": value} for name, value in _EXAMPLES[path].items()}
 
 
 def _add_errors(replies: dict[str, Any], *statuses: int) -> None:

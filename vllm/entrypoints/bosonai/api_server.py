@@ -58,6 +58,7 @@ from vllm.entrypoints.openai.reply_docs import (
     Replies,
     bytes_of,
     error_replies,
+    events_of,
     header_docs,
     json_reply,
 )
@@ -90,7 +91,7 @@ _SPEECH_REPLIES: Replies = {
         "description": "Audio in the format asked for, or server-sent events",
         "content": {
             **bytes_of(*(audio_format.media_type for audio_format in FORMATS.values())),
-            "text/event-stream": {"schema": {"type": "string"}},
+            **events_of("speech.audio.delta", "speech.audio.done", "speech.audio.error"),
         },
         "headers": header_docs((*START_HEADERS, *QUEUE_HEADERS), END_HEADERS),
     },

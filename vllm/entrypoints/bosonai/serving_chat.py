@@ -47,7 +47,7 @@ from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.openai.chat_protocol import ChatCompletionRequest, ReferenceTurn
 from vllm.entrypoints.openai.errors import error_body
 from vllm.entrypoints.openai.reply_bodies import ChatCompletion
-from vllm.entrypoints.openai.reply_docs import Replies, error_replies, header_docs
+from vllm.entrypoints.openai.reply_docs import Replies, error_replies, events_of, header_docs
 from vllm.exceptions import EngineError, HiggsAudioError, InvalidRequestError
 from vllm.logger import get_logger
 from vllm.outputs import FinishReason, SpeechOutput
@@ -368,7 +368,7 @@ _REPLIES: Replies = {
     200: {
         "model": ChatCompletion,
         "description": "A completion whose message is audio, or its chunks",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": events_of("message"),
         "headers": header_docs((*START_HEADERS, *QUEUE_HEADERS), END_HEADERS),
     },
     **error_replies(400, 404, 499, 500, 503),

@@ -114,35 +114,34 @@ class RemovePromptRequest(BaseModel):
     prompt_id: str = Field(min_length=1, max_length=64)
 
 
-_UPLOAD_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["name"],
-                    "properties": {
-                        **{key: {"type": "string"} for key in VoiceUpload.model_fields},
-                        "type": {"type": "string", "enum": ["audio_sample", "prompt"]},
-                    },
+def _upload_docs() -> dict[str, Any]:
+    """Both forms of an upload, for the OpenAPI document."""
+    schema = VoiceUpload.model_json_schema()
+    fields = schema["properties"]
+    audio = {"type": "string", "description": fields["audio_sample"]["description"]}
+    as_json = {**fields, "audio_sample": {**audio, "type": ["string", "null"]}}
+    # a text that may be null is, in a form, the first of its kinds
+    in_form = {name: field.get("anyOf", [field])[0] for name, field in fields.items()}
+    in_form["audio_sample"] = {**audio, "format": "binary"}
+    contents = {"application/json": as_json, "multipart/form-data": in_form}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                kind: {
+                    "schema": {
+                        "type": "object",
+                        "required": schema["required"],
+                        "properties": properties,
+                    }
                 }
+                for kind, properties in contents.items()
             },
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["name"],
-                    "properties": {
-                        **{key: {"type": "string"} for key in VoiceUpload.model_fields},
-                        "audio_sample": {"type": "string", "format": "binary"},
-                    },
-                }
-            },
-        },
+        }
     }
-}
 
 
+_UPLOAD_BODY = _upload_docs()
 _UPLOAD_REPLIES: Replies = {
     **json_reply(VoiceObject, "The voice may be used at once"),
     **error_replies(400, 403, 409, 500, 503),

@@ -15,6 +15,7 @@ __all__ = [
     "Replies",
     "bytes_of",
     "error_replies",
+    "events_of",
     "header_docs",
     "json_reply",
 ]
@@ -52,6 +53,7 @@ _INTEGERS = frozenset(
         "X-Usage-Audio-Tokens",
         "X-Usage-Total-Tokens",
         "Retry-After",
+        "Age",
     }
 )
 _NUMBERS = frozenset(
@@ -104,3 +106,13 @@ def json_reply(model: Any, description: str = "Done", headers: Any = None) -> Re
 def bytes_of(*media_types: str) -> dict[str, Any]:
     """Contents that are files, by their content types."""
     return {kind: {"schema": {"type": "string", "format": "binary"}} for kind in media_types}
+
+
+def events_of(*names: str) -> dict[str, Any]:
+    """Contents that are server-sent events of these names, each with JSON as its data."""
+    event = {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"event": {"enum": list(names)}, "data": {"type": "string"}},
+    }
+    return {"text/event-stream": {"itemSchema": event}}
