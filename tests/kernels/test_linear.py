@@ -7,13 +7,6 @@ import torch.nn.functional as F
 from vllm.kernels import linear as kernel
 
 
-@pytest.fixture(autouse=True)
-def restore_quantum():
-    before = kernel.row_quantum()
-    yield
-    kernel.set_row_quantum(before)
-
-
 @pytest.mark.parametrize("rows", [1, 3, 4, 7])
 def test_linear_is_the_plain_product(rows):
     x, weight = torch.randn(rows, 48), torch.randn(24, 48)
@@ -21,24 +14,40 @@ def test_linear_is_the_plain_product(rows):
 
 
 def test_rows_are_padded_to_the_quantum_only():
-    kernel.set_row_quantum(4)
-    assert kernel.pad_rows(torch.ones(5, 2)).shape == (8, 2)
-    assert not kernel.pad_rows(torch.ones(5, 2))[5:].any()
+    assert kernel.pad_rows(torch.ones(5, 2), 4).shape == (8, 2)
+    assert not kernel.pad_rows(torch.ones(5, 2), 4)[5:].any()
     whole = torch.ones(8, 2)
-    assert kernel.pad_rows(whole) is whole
-    kernel.set_row_quantum(1)
-    assert kernel.pad_rows(torch.ones(1, 2)).shape == (1, 2)
+    assert kernel.pad_rows(whole, 4) is whole
+    assert kernel.pad_rows(torch.ones(1, 2), 1).shape == (1, 2)
 
 
-def test_check_finds_a_quantum_at_which_rows_are_alone():
-    weights = [torch.randn(512, 256), torch.randn(256, 1024)]
-    quantum = kernel.check_row_invariance(weights)
-    assert quantum == kernel.row_quantum()
-    for weight in weights:
-        x = torch.randn(300, weight.shape[1])
-        whole = kernel.linear(x, weight)
-        for rows in (1, 2, 5, 64, 130):
-            assert torch.equal(kernel.linear(x[:rows], weight), whole[:rows])
+def cancelling(rows, columns):
+    """Rows [rows, columns] that add up to nothing: products with ones are rounding errors alone."""
+    half = torch.randn(rows, columns // 2)
+    return torch.cat([half, -half[:, torch.randperm(columns // 2)]], 1)
+
+
+def treats_rows_alone(weight, quantum):
+    x = torch.ones(300, weight.shape[1], dtype=weight.dtype)
+    whole = kernel.linear(x, weight, quantum)
+    return all(
+        torch.equal(
+            kernel.linear(x[start : start + rows], weight, quantum), whole[start : start + rows]
+        )
+        for rows in (*range(1, 65), 130)
+        for start in (0, 7)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(512, 256), (384, 2560), (512, 3072)])
+@pytest.mark.parametrize("is_input_major", [True, False])
+def test_at_the_quantum_found_rows_are_alone(shape, dtype, is_input_major):
+    weight = cancelling(*shape).to(dtype)
+    if is_input_major:
+        weight = weight.t().contiguous().t()
+    for form in (weight, kernel.pack_weight(weight)):
+        assert treats_rows_alone(form, kernel.find_row_quantum([form]))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
@@ -54,20 +63,29 @@ def test_only_float32_is_packed():
     assert kernel.pack_weight(weight) is weight
 
 
-@pytest.mark.parametrize("shape", [(512, 256), (256, 1024), (512, 3072)])
-def test_packed_weights_treat_rows_alone(shape):
-    packed = kernel.pack_weight(torch.randn(shape))
-    kernel.check_row_invariance([packed])
-    x = torch.randn(300, shape[1])
-    whole = kernel.linear(x, packed)
-    for rows in (1, 2, 5, 64, 130):
-        assert torch.equal(kernel.linear(x[7 : 7 + rows], packed), whole[7 : 7 + rows])
-
-
-def test_check_raises_the_quantum_where_a_small_one_differs(monkeypatch):
+def test_quantum_is_raised_where_a_small_one_differs(monkeypatch):
     def depends_on_rows(x, weight):
-        return x @ weight.T + (x.shape[0] % 16)
+        return torch.full((x.shape[0], weight.shape[0]), float(x.shape[0] % 16))
 
     monkeypatch.setattr(kernel.F, "linear", depends_on_rows)
-    plain = torch.zeros(8, 8)
-    assert kernel.check_row_invariance([plain]) == 16
+    assert kernel.find_row_quantum([torch.zeros(8, 8)]) == 16
+
+
+def test_full_shapes_are_tried_where_slices_agree(monkeypatch):
+    """As matrix-vector products do, which libraries take for one row of a wide matrix."""
+
+    def one_row_differs_when_wide(x, weight):
+        differs = x.shape[0] == 1 and weight.shape[0] > 256
+        return torch.full((x.shape[0], weight.shape[0]), float(differs))
+
+    monkeypatch.setattr(kernel.F, "linear", one_row_differs_when_wide)
+    assert kernel.find_row_quantum([torch.zeros(200, 8)]) == 1
+    assert kernel.find_row_quantum([torch.zeros(200, 8), torch.zeros(512, 8)]) == 2
+
+
+def test_without_a_quantum_that_suffices_the_largest_is_taken(monkeypatch):
+    def depends_on_rows(x, weight):
+        return torch.full((x.shape[0], weight.shape[0]), float(x.shape[0]))
+
+    monkeypatch.setattr(kernel.F, "linear", depends_on_rows)
+    assert kernel.find_row_quantum([torch.zeros(8, 8)]) == 64

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vllm.forward_context import set_forward_context
+from vllm.kernels import linear as linear_kernel
 from vllm.kernels.attention import DecodeMetadata, PrefillMetadata, PrefillSequence
 from vllm.kernels.cache import allocate_kv_caches
 from vllm.model_executor.models import load_model
@@ -188,6 +189,23 @@ def test_decode_of_1_to_64_rows_has_the_bits_of_solo_decode(model):
     for count in (2, 3, 4, 5, 7, 8, 13, 32, 64):
         for first in {0, num_rows - count}:
             assert torch.equal(logits(first, count), solo[first : first + count]), count
+
+
+def test_models_of_one_process_pad_rows_each_in_its_own_way(checkpoint_folders, monkeypatch):
+    one, other = (
+        load_model(checkpoint_folders["boson"], dtype="float32", max_model_len=64) for _ in range(2)
+    )
+    one.set_row_quantum(8)
+    other.set_row_quantum(1)
+    rows = []
+    product = linear_kernel._product
+    monkeypatch.setattr(
+        linear_kernel, "_product", lambda x, weight: rows.append(len(x)) or product(x, weight)
+    )
+    hidden = torch.randn(3, one.spec.hidden_size)
+    for model in (one, other, one):
+        model.audio_logits(hidden)
+    assert rows == [8, 3, 8]
 
 
 def test_text_head_is_left_out_unless_asked_for(checkpoint_folders):

@@ -10,14 +10,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from vllm.kernels.linear import linear, pack_weight
+from vllm.kernels.linear import DEFAULT_ROW_QUANTUM, linear, pack_weight
 from vllm.model_executor.layers.layer import Layer
 
 __all__ = ["Linear", "PackedLinear"]
 
 
 class Linear(Layer):
-    """``y = x W^T`` with ``W`` [out_features, in_features]."""
+    """``y = x W^T`` with ``W`` [out_features, in_features].
+
+    ``row_quantum`` is that of the model, see ``SpeechModel.set_row_quantum``.
+    """
+
+    row_quantum = DEFAULT_ROW_QUANTUM
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -27,7 +32,7 @@ class Linear(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_features] -> [N, out_features]."""
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.row_quantum)
 
     def pack(self) -> None:
         """Bring the loaded weight into the form of its products; nothing is loaded after it."""

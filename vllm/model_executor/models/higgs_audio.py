@@ -16,7 +16,7 @@ from vllm.checkpoint_config import CheckpointLayout, HiggsAudioConfig
 from vllm.exceptions import CheckpointError
 from vllm.forward_context import get_forward_context
 from vllm.kernels.attention import AttentionPlan, plan_attention
-from vllm.kernels.linear import pad_rows
+from vllm.kernels.linear import DEFAULT_ROW_QUANTUM, pad_rows
 from vllm.model_executor.layers import (
     CodebookEmbedding,
     Embedding,
@@ -73,6 +73,7 @@ class HiggsAudioModel(nn.Module):
         hidden_size = config.hidden_size
         self.config = config
         self.spec = _spec(config, dtype, max_model_len)
+        self._row_quantum = DEFAULT_ROW_QUANTUM
         self.text_embedding = Embedding(config.vocab_size, hidden_size, dtype)
         self.audio_embedding = CodebookEmbedding(
             config.num_codebooks, config.codebook_size, hidden_size, dtype
@@ -146,7 +147,7 @@ class HiggsAudioModel(nn.Module):
         plan = plan_attention(context.attn_metadata, context.kv_caches[0])
         num_rows = hidden.shape[0]
         # Padding once here spares every product below its own.
-        hidden = pad_rows(hidden)
+        hidden = pad_rows(hidden, self._row_quantum)
         num_padding = hidden.shape[0] - num_rows
         if num_padding:
             positions = torch.cat([positions, positions.new_zeros(num_padding)])
@@ -171,6 +172,11 @@ class HiggsAudioModel(nn.Module):
     def matrices(self) -> Iterator[Tensor]:
         """Weights [M, K] of all matrix products."""
         return (matrix.weight for matrix in self._linears())
+
+    def set_row_quantum(self, quantum: int) -> None:
+        self._row_quantum = quantum
+        for matrix in self._linears():
+            matrix.row_quantum = quantum
 
     def _linears(self) -> Iterator[Linear]:
         return (module for module in self.modules() if isinstance(module, Linear))

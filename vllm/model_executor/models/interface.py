@@ -95,3 +95,7 @@ class SpeechModel(Protocol):
     def matrices(self) -> Iterator[Tensor]:
         """Weights [M, K] of the matrix products, for the check of row invariance."""
         ...
+
+    def set_row_quantum(self, quantum: int) -> None:
+        """Let every product run on a multiple of so many rows, see ``kernels.linear``."""
+        ...

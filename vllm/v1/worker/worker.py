@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vllm.config import EngineConfig
 from vllm.exceptions import CheckpointError
 from vllm.kernels.cache import allocate_kv_caches
-from vllm.kernels.linear import check_row_invariance, set_row_quantum
+from vllm.kernels.linear import find_row_quantum
 from vllm.logger import get_logger
 from vllm.model_executor.codecs import ClipCache, Codec, load_codec
 from vllm.model_executor.models import SpeechModel, load_model
@@ -160,9 +160,10 @@ class Worker:
 
     def _prepare_invariance(self) -> None:
         if not self._config.device.batch_invariant:
-            set_row_quantum(1)
+            self._model.set_row_quantum(1)
         elif not self._platform.is_cuda:
-            quantum = check_row_invariance(self._model.matrices())
+            quantum = find_row_quantum(self._model.matrices())
+            self._model.set_row_quantum(quantum)
             if quantum > 1:
                 logger.info("batch-invariant products pad rows to multiples of %d", quantum)
 
