@@ -39,7 +39,9 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / "native"
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build)], check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
+        subprocess.run(
+            ["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True
+        )
         prefix = target.parents[3]
         subprocess.run(["cmake", "--install", str(build), "--prefix", str(prefix)], check=True)
 
