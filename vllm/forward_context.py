@@ -22,7 +22,7 @@ __all__ = ["ForwardContext", "get_forward_context", "set_forward_context"]
 class ForwardContext:
     """Metadata of one step.
 
-    ``kv_caches`` has one tensor per layer, [2, num_blocks, block_size, num_kv_heads, head_dim].
+    ``kv_caches`` has one tensor per layer, [2, num_blocks, num_kv_heads, block_size, head_dim].
     """
 
     attn_metadata: AttentionMetadata

@@ -10,7 +10,13 @@ from vllm.kernels.attention import (
     paged_attention,
     plan_attention,
 )
-from vllm.kernels.cache import allocate_kv_caches, slots_of_positions, write_kv
+from vllm.kernels.cache import (
+    allocate_kv_caches,
+    cache_rows,
+    clear_blocks,
+    slots_of_positions,
+    write_kv,
+)
 
 BLOCK = 16
 HEAD_DIM = 16
@@ -19,15 +25,19 @@ SCALE = HEAD_DIM**-0.5
 
 def fill(cache, block_table, length, seed):
     generator = torch.Generator().manual_seed(seed)
-    kv = torch.randn(2, length, cache.shape[3], HEAD_DIM, generator=generator)
-    slots = slots_of_positions(block_table, torch.arange(length), BLOCK)
-    write_kv(cache, slots, kv[0], kv[1])
+    kv = torch.randn(2, length, cache.shape[2], HEAD_DIM, generator=generator)
+    block_size = cache.shape[3]
+    clear_blocks([cache], block_table[: -(-length // block_size)].tolist())
+    slots = slots_of_positions(block_table, torch.arange(length), block_size)
+    write_kv(cache, cache_rows(slots, cache), torch.cat([kv[0], kv[1]], dim=1))
     return kv
 
 
-def new_cache(num_blocks, num_kv_heads):
-    (cache,) = allocate_kv_caches(1, num_blocks, BLOCK, num_kv_heads, HEAD_DIM, dtype=torch.float32)
-    return cache.fill_(float("nan"))  # so that a read of an unwritten page shows
+def new_cache(num_blocks, num_kv_heads, block_size=BLOCK):
+    (cache,) = allocate_kv_caches(
+        1, num_blocks, block_size, num_kv_heads, HEAD_DIM, dtype=torch.float32
+    )
+    return cache.fill_(float("nan"))  # so that a read of a block nobody owns shows
 
 
 def dense(query, kv, start):
@@ -40,7 +50,7 @@ def dense(query, kv, start):
 
 
 def decode(query, cache, tables, lens):
-    metadata = DecodeMetadata.build(tables, lens, BLOCK)
+    metadata = DecodeMetadata.build(tables, lens, cache.shape[3])
     return paged_attention(query, cache, plan_attention(metadata, cache), SCALE)
 
 
@@ -63,6 +73,34 @@ def test_decode_equals_dense_and_its_solo_run(num_heads, num_kv_heads):
         blocks = -(-length // BLOCK)
         alone = decode(query[i : i + 1], cache, tables[i : i + 1, :blocks], [length])
         assert torch.equal(alone[0], together[i])
+
+
+def test_a_far_longer_neighbour_changes_no_bit():
+    lens = [65, 130, 200, 500, 2100]
+    cache = new_cache(5 * 132, 2)
+    tables = torch.randperm(5 * 132).view(5, 132)
+    for i, length in enumerate(lens):
+        fill(cache, tables[i], length, i)
+    query = torch.randn(5, 8, HEAD_DIM)
+    together = decode(query, cache, tables, lens)
+    for i, length in enumerate(lens):
+        alone = decode(query[i : i + 1], cache, tables[i : i + 1], [length])
+        assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("block_size", [8, 32, 128])
+def test_decode_gives_the_same_bits_at_any_block_size(block_size):
+    lens = [1, 64, 70, 200]
+    query = torch.randn(4, 6, HEAD_DIM)
+
+    def run(block_size):
+        cache = new_cache(4 * 256 // block_size, 2, block_size)
+        tables = torch.randperm(4 * 256 // block_size).view(4, -1)
+        for i, length in enumerate(lens):
+            fill(cache, tables[i], length, i)
+        return decode(query, cache, tables, lens)
+
+    assert torch.equal(run(block_size), run(BLOCK))
 
 
 @pytest.mark.parametrize("length", [1, 30, 64, 150])

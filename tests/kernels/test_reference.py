@@ -2,7 +2,13 @@
 
 import torch
 
-from vllm.kernels.cache import allocate_kv_caches, slots_of_positions, write_kv
+from vllm.kernels.cache import (
+    allocate_kv_caches,
+    cache_rows,
+    clear_blocks,
+    slots_of_positions,
+    write_kv,
+)
 from vllm.kernels.reference import apply_rope, rms_norm, silu_mul
 
 
@@ -50,6 +56,16 @@ def test_cache_stores_a_position_at_its_slot():
     slots = slots_of_positions(torch.tensor([3, 1]), torch.tensor([2, 9]), 8)
     assert slots.tolist() == [3 * 8 + 2, 1 * 8 + 1]
     keys, values = torch.randn(2, 2, 3), torch.randn(2, 2, 3)
-    write_kv(cache, slots, keys, values)
-    assert torch.equal(cache[0, 3, 2], keys[0])
-    assert torch.equal(cache[1, 1, 1], values[1])
+    write_kv(cache, cache_rows(slots, cache), torch.cat([keys, values], dim=1))
+    assert torch.equal(cache[0, 3, :, 2], keys[0])
+    assert torch.equal(cache[1, 1, :, 1], values[1])
+
+
+def test_clearing_blocks_leaves_the_others():
+    caches = allocate_kv_caches(2, 4, 8, 2, 3, dtype=torch.float32)
+    for cache in caches:
+        cache.fill_(float("nan"))
+    clear_blocks(caches, [2, 0])
+    for cache in caches:
+        assert not cache[:, [0, 2]].any()
+        assert cache[:, [1, 3]].isnan().all()

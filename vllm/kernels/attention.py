@@ -5,7 +5,7 @@ Keys are taken in tiles that start at fixed positions of their own sequence:
     positions   0 ......... 63 | 64 ........ 127 | 128 ....
     tile              0        |        1        |    2         partial results of each tile
                       └────────┬────────┘             │
-                              0+1                     │         then a tree over tile numbers
+                              0+1                     │         then their sum, tile by tile
                                └───────────┬──────────┘
 
 Every matrix product has the shape of one tile, and a masked tile contributes exact zeros, so a
@@ -14,6 +14,7 @@ longer neighbour, a chunk boundary or a prefix hit changes no bit. Knows no mode
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm.kernels.cache import slots_of_positions
+from vllm.kernels.cache import cache_rows, slots_of_positions
 
 __all__ = [
     "KEY_TILE",
@@ -102,7 +103,8 @@ class _Part:
     """Queries that share their gathered keys: a decode batch, or one sequence of a prefill."""
 
     rows: Tensor | None  # int64 [queries], None for all rows of the step in their order
-    key_rows: Tensor  # int64 [2 * S * tiles * num_kv_heads * KEY_TILE], see _key_rows
+    runs: Tensor  # int64 [2 * S * tiles * num_kv_heads * KEY_TILE / run], see _runs
+    run: int  # neighbouring positions that are copied at once
     num_sequences: int  # S
     num_tiles: int
     # float32 [S, tiles, 1, queries or 1, 1, KEY_TILE], 0 or -inf; one per query tile
@@ -113,19 +115,24 @@ class _Part:
 class AttentionPlan:
     """Everything about a step's attention that all layers share, worked out once."""
 
-    slot_mapping: Tensor  # int64 [N]
+    num_rows: int  # N
+    written_rows: Tensor  # int64 [N * 2 * num_kv_heads], where keys and values are stored
     parts: tuple[_Part, ...]
 
 
 def plan_attention(metadata: AttentionMetadata, cache: Tensor) -> AttentionPlan:
     """Prepare a step from its metadata and any layer's cache."""
-    _, num_blocks, block_size, num_kv_heads, _ = cache.shape
-    geometry = _Geometry(num_blocks * block_size, block_size, num_kv_heads)
+    _, num_blocks, num_kv_heads, block_size, _ = cache.shape
+    geometry = _Geometry(num_blocks, block_size, num_kv_heads)
     if isinstance(metadata, DecodeMetadata):
         parts: tuple[_Part, ...] = (_plan_decode(metadata, geometry),)
     else:
         parts = tuple(_plan_sequence(each, geometry) for each in metadata.sequences)
-    return AttentionPlan(slot_mapping=metadata.slot_mapping, parts=parts)
+    return AttentionPlan(
+        num_rows=metadata.slot_mapping.shape[0],
+        written_rows=cache_rows(metadata.slot_mapping, cache),
+        parts=parts,
+    )
 
 
 def paged_attention(query: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
@@ -133,7 +140,7 @@ def paged_attention(query: Tensor, cache: Tensor, plan: AttentionPlan, scale: fl
 
     Args:
         query: [N, num_heads, head_dim]; the step's keys are in the cache already.
-        cache: [2, num_blocks, block_size, num_kv_heads, head_dim].
+        cache: [2, num_blocks, num_kv_heads, block_size, head_dim].
         plan: of this step.
         scale: factor on the scores.
 
@@ -154,9 +161,14 @@ def paged_attention(query: Tensor, cache: Tensor, plan: AttentionPlan, scale: fl
 
 @dataclass(frozen=True)
 class _Geometry:
-    num_slots: int
+    num_blocks: int
     block_size: int
     num_kv_heads: int
+
+    @property
+    def run(self) -> int:
+        """Positions that lie together in the cache and in a tile."""
+        return math.gcd(self.block_size, KEY_TILE)
 
 
 def _plan_decode(metadata: DecodeMetadata, geometry: _Geometry) -> _Part:
@@ -166,7 +178,8 @@ def _plan_decode(metadata: DecodeMetadata, geometry: _Geometry) -> _Part:
     bias = _bias(is_visible)
     return _Part(
         rows=None,
-        key_rows=_key_rows(metadata.block_tables, is_visible, num_tiles, geometry),
+        runs=_runs(metadata.block_tables, is_visible, geometry),
+        run=geometry.run,
         num_sequences=is_visible.shape[0],
         num_tiles=num_tiles,
         biases=(bias.view(-1, num_tiles, 1, 1, 1, KEY_TILE),),
@@ -188,9 +201,8 @@ def _plan_sequence(sequence: PrefillSequence, geometry: _Geometry) -> _Part:
         biases.append(_bias(keys <= queries.view(1, 1, 1, _QUERY_TILE, 1, 1)))
     return _Part(
         rows=sequence.rows,
-        key_rows=_key_rows(
-            sequence.block_table.unsqueeze(0), (positions < end).unsqueeze(0), num_tiles, geometry
-        ),
+        runs=_runs(sequence.block_table.unsqueeze(0), (positions < end).unsqueeze(0), geometry),
+        run=geometry.run,
         num_sequences=1,
         num_tiles=num_tiles,
         biases=tuple(biases),
@@ -203,36 +215,37 @@ def _bias(is_visible: Tensor) -> Tensor:
     )
 
 
-def _key_rows(
-    block_tables: Tensor, is_visible: Tensor, num_tiles: int, geometry: _Geometry
-) -> Tensor:
-    """Rows of the cache, seen as [2 * slots * kv_heads, D], that gather to whole tiles.
+def _runs(block_tables: Tensor, is_visible: Tensor, geometry: _Geometry) -> Tensor:
+    """Rows of the cache, seen as [-1, run * head_dim], that gather to whole tiles.
 
-    Their order is [key or value, sequence, tile, kv head, position in tile], so that a gather
-    gives operands of matrix products without a transpose. An invisible position takes the rows of
-    position 0: it is masked, but what it reads must be a number, and an unwritten page may not be.
+    Their order is [key or value, sequence, tile, kv head, run in tile], so that a gather gives
+    operands of matrix products without a transpose. A run of which nothing is visible takes the
+    sequence's first run: it is masked, but what it reads must be a number, and a block that the
+    sequence does not own may hold anything.
     """
-    size = geometry.block_size
-    positions = torch.arange(num_tiles * KEY_TILE, device=block_tables.device)
-    blocks = (positions // size).clamp(max=block_tables.shape[1] - 1)
-    slots = block_tables[:, blocks] * size + positions % size
-    slots = torch.where(is_visible, slots, block_tables[:, :1] * size)
-    heads = torch.arange(geometry.num_kv_heads, device=slots.device)
-    tiled = slots.view(-1, num_tiles, 1, KEY_TILE)
-    keys = (tiled * geometry.num_kv_heads + heads.view(1, 1, -1, 1)).flatten()
-    return torch.cat([keys, keys + geometry.num_slots * geometry.num_kv_heads])
+    run, num_heads = geometry.run, geometry.num_kv_heads
+    runs_per_block = geometry.block_size // run
+    starts = torch.arange(0, is_visible.shape[1], run, device=block_tables.device)
+    blocks = (starts // geometry.block_size).clamp(max=block_tables.shape[1] - 1)
+    blocks = torch.where(is_visible[:, ::run], block_tables[:, blocks], block_tables[:, :1])
+    in_block = torch.where(is_visible[:, ::run], starts // run % runs_per_block, 0)
+    heads = torch.arange(num_heads, device=blocks.device).view(1, 1, -1, 1)
+    shape = (blocks.shape[0], -1, 1, KEY_TILE // run)
+    keys = (blocks.view(shape) * num_heads + heads) * runs_per_block + in_block.view(shape)
+    keys = keys.flatten()
+    return torch.cat([keys, keys + geometry.num_blocks * num_heads * runs_per_block])
 
 
 def _gather(cache: Tensor, part: _Part) -> Tensor:
     """Keys and values of a part: [2, S, tiles, num_kv_heads, KEY_TILE, head_dim]."""
-    num_kv_heads, head_dim = cache.shape[-2:]
-    rows = cache.view(-1, head_dim).index_select(0, part.key_rows)
-    return rows.view(2, part.num_sequences, part.num_tiles, num_kv_heads, KEY_TILE, head_dim)
+    num_kv_heads, _, head_dim = cache.shape[-3:]
+    runs = cache.view(-1, part.run * head_dim).index_select(0, part.runs)
+    return runs.view(2, part.num_sequences, part.num_tiles, num_kv_heads, KEY_TILE, head_dim)
 
 
 def _attend_decode(query: Tensor, cache: Tensor, part: _Part, scale: float) -> Tensor:
     keys, values = _gather(cache, part)
-    num_kv_heads, head_dim = cache.shape[-2:]
+    num_kv_heads, _, head_dim = cache.shape[-3:]
     grouped = query.reshape(part.num_sequences, num_kv_heads, -1, head_dim)
     context = _attend_tiles(grouped, keys, values, part.biases[0], scale)
     return context.reshape(query.shape)
@@ -240,7 +253,7 @@ def _attend_decode(query: Tensor, cache: Tensor, part: _Part, scale: float) -> T
 
 def _attend_sequence(query: Tensor, cache: Tensor, part: _Part, scale: float) -> Tensor:
     keys, values = _gather(cache, part)
-    num_kv_heads, head_dim = cache.shape[-2:]
+    num_kv_heads, _, head_dim = cache.shape[-3:]
     num_queries, num_heads, _ = query.shape
     missing = -num_queries % _QUERY_TILE
     padded = F.pad(query, (0, 0, 0, 0, 0, missing))
@@ -268,30 +281,20 @@ def _attend_tiles(
     Returns:
         [S, num_kv_heads, R, head_dim] in the query's number type.
     """
-    num_seqs, num_tiles, num_heads, _, head_dim = keys.shape
-    num_rows = query.shape[2]
-    shape = (num_seqs, num_tiles, num_heads, num_rows)
-    repeated = query.unsqueeze(1).expand(*shape, head_dim).reshape(-1, num_rows, head_dim)
-    scores = torch.bmm(repeated, keys.reshape(-1, KEY_TILE, head_dim).transpose(1, 2))
-    num_queries = bias.shape[3]
-    by_query = scores.view(num_seqs, num_tiles, num_heads, num_queries, -1, KEY_TILE)
-    scores = torch.add(bias, by_query, alpha=scale).view(*shape, KEY_TILE)
+    # One product per tile and head: its shape, and with it the order of its sums, is fixed.
+    scores = torch.matmul(query.unsqueeze(1), keys.transpose(-1, -2))
+    by_query = scores.view(*scores.shape[:3], bias.shape[3], -1, KEY_TILE)
+    scores = torch.add(bias, by_query, alpha=scale).view(scores.shape)
     # The maximum is exact in any order, so one of all tiles serves where a running one would not.
     weights = scores.sub_(scores.amax(dim=(1, 4), keepdim=True)).exp_()
     totals = _sum_tiles(weights.sum(dim=-1, keepdim=True))
-    partial = torch.bmm(
-        weights.view(-1, num_rows, KEY_TILE).to(values.dtype),
-        values.reshape(-1, KEY_TILE, head_dim),
-    )
-    context = _sum_tiles(partial.float().view(*shape, head_dim)) / totals
-    return context.to(query.dtype)
+    partial = torch.matmul(weights.to(values.dtype), values)
+    return (_sum_tiles(partial.float()) / totals).to(query.dtype)
 
 
 def _sum_tiles(partial: Tensor) -> Tensor:
-    """Sum over dim 1 by a tree over tile numbers, in place; absent tiles count as zeros."""
-    step, num_tiles = 1, partial.shape[1]
-    while step < num_tiles:
-        right = partial[:, step :: 2 * step]
-        partial[:, :: 2 * step][:, : right.shape[1]].add_(right)
-        step *= 2
-    return partial[:, 0]
+    """Sum over dim 1, in place. One tile after the other, as ``Tensor.sum`` does not promise."""
+    total, *others = partial.unbind(1)
+    for other in others:
+        total.add_(other)
+    return total

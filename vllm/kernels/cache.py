@@ -1,17 +1,22 @@
 """The paged KV cache of one layer: where a position lies, and how keys and values get there.
 
-    cache[2, num_blocks, block_size, num_kv_heads, head_dim]      0 = keys, 1 = values
+    cache[2, num_blocks, num_kv_heads, block_size, head_dim]      0 = keys, 1 = values
     slot = block * block_size + offset                            one position of one sequence
 
-Knows no attention and no owner of blocks.
+The positions of one head in one block lie together, so that attention copies whole blocks. A
+block is cleared when a sequence gets it: attention masks what was not written, but a product of
+an exact zero and what an unwritten page may hold must be zero too. Knows no attention and no
+owner of blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["allocate_kv_caches", "slots_of_positions", "write_kv"]
+__all__ = ["allocate_kv_caches", "cache_rows", "clear_blocks", "slots_of_positions", "write_kv"]
 
 
 def allocate_kv_caches(
@@ -24,9 +29,16 @@ def allocate_kv_caches(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:
-    """One uninitialised cache per layer; what was never written is never used."""
-    shape = (2, num_blocks, block_size, num_kv_heads, head_dim)
+    """One uninitialised cache per layer; ``clear_blocks`` comes before the first write."""
+    shape = (2, num_blocks, num_kv_heads, block_size, head_dim)
     return [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+
+def clear_blocks(caches: Sequence[Tensor], block_ids: Sequence[int]) -> None:
+    """Make blocks that a sequence is about to fill hold numbers, in every layer."""
+    ids = torch.tensor(block_ids, dtype=torch.int64, device=caches[0].device)
+    for cache in caches:
+        cache.index_fill_(1, ids, 0)
 
 
 def slots_of_positions(block_table: Tensor, positions: Tensor, block_size: int) -> Tensor:
@@ -34,8 +46,22 @@ def slots_of_positions(block_table: Tensor, positions: Tensor, block_size: int) 
     return block_table[positions // block_size] * block_size + positions % block_size
 
 
-def write_kv(cache: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Store ``keys`` and ``values`` [N, num_kv_heads, head_dim] at ``slots`` int64 [N]."""
-    by_slot = cache.flatten(1, 2)
-    by_slot[0].index_copy_(0, slots, keys)
-    by_slot[1].index_copy_(0, slots, values)
+def cache_rows(slots: Tensor, cache: Tensor) -> Tensor:
+    """Rows of a cache seen as [-1, head_dim] at which ``slots`` [N] lie.
+
+    Returns:
+        int64 [N * 2 * num_kv_heads]: for each slot, its keys' heads, then its values' heads.
+    """
+    _, num_blocks, num_kv_heads, block_size, _ = cache.shape
+    heads = torch.arange(2 * num_kv_heads, device=slots.device)
+    # The distance from a block's last key head to its first value head is that of all blocks.
+    heads = heads + (heads // num_kv_heads) * (num_blocks - 1) * num_kv_heads
+    first = slots // block_size * num_kv_heads
+    rows = (first[:, None] + heads) * block_size + (slots % block_size)[:, None]
+    return rows.flatten()
+
+
+def write_kv(cache: Tensor, rows: Tensor, keys_values: Tensor) -> None:
+    """Store ``keys_values`` [N, 2 * num_kv_heads, head_dim] at ``rows`` from ``cache_rows``."""
+    head_dim = cache.shape[-1]
+    cache.view(-1, head_dim).index_copy_(0, rows, keys_values.reshape(-1, head_dim))

@@ -8,7 +8,7 @@ import torch
 from vllm.forward_context import set_forward_context
 from vllm.kernels import linear as linear_kernel
 from vllm.kernels.attention import DecodeMetadata, PrefillMetadata, PrefillSequence
-from vllm.kernels.cache import allocate_kv_caches
+from vllm.kernels.cache import allocate_kv_caches, clear_blocks
 from vllm.model_executor.models import load_model
 
 BLOCK = 16
@@ -39,13 +39,15 @@ class Sequence:
         return hidden
 
 
-def new_caches(model):
+def new_caches(model, tables):
+    """Caches whose blocks hold numbers where ``tables`` own them, and nothing sensible elsewhere."""
     spec = model.spec
     caches = allocate_kv_caches(
         spec.num_layers, NUM_BLOCKS, BLOCK, spec.num_kv_heads, spec.head_dim, dtype=spec.dtype
     )
     for cache in caches:
         cache.fill_(float("nan"))
+    clear_blocks(caches, tables.flatten().tolist())
     return caches
 
 
@@ -121,7 +123,8 @@ def test_prefill_and_cached_decode_give_transformers_logits(checkpoint_folders, 
     model = models[layout]
     sequence = Sequence(model.spec, seed=0)
     expected_audio, expected_text = reference_hidden(checkpoint_folders["transformers"], sequence)
-    caches, tables = new_caches(model), block_tables(1)
+    tables = block_tables(1)
+    caches = new_caches(model, tables)
     (hidden,) = prefill(model, caches, [(sequence, tables[0], 0, len(sequence))])
     steps = [hidden]
     for step, frame in enumerate(sequence.frames):
@@ -146,7 +149,7 @@ def test_both_layouts_load_to_equal_tensors(models):
 @pytest.mark.parametrize("cuts", [[1], [9], [20, 23], [16, 32]])
 def test_chunked_prefill_has_the_bits_of_whole_prefill(model, cuts):
     sequence, tables = Sequence(model.spec, seed=1), block_tables(2)
-    caches = new_caches(model)
+    caches = new_caches(model, tables)
     (whole,) = prefill(model, caches, [(sequence, tables[0], 0, len(sequence))])
     bounds = [0, *cuts, len(sequence)]
     chunks = [
@@ -163,15 +166,34 @@ def test_packed_prefill_has_the_bits_of_solo_prefill_in_any_order(model):
         Sequence(model.spec, seed, *sizes, num_frames=1) for seed, sizes in enumerate(lengths)
     ]
     pieces = [(seq, tables[i], 0, len(seq)) for i, seq in enumerate(sequences)]
-    solo = [prefill(model, new_caches(model), [piece])[0] for piece in pieces]
+    solo = [prefill(model, new_caches(model, tables), [piece])[0] for piece in pieces]
     for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
-        packed = prefill(model, new_caches(model), [pieces[i] for i in order])
+        packed = prefill(model, new_caches(model, tables), [pieces[i] for i in order])
         assert all(torch.equal(packed[at], solo[i]) for at, i in enumerate(order))
+
+
+def test_filling_the_cache_stores_what_a_forward_pass_stores(model):
+    sequence, tables = Sequence(model.spec, seed=4), block_tables(1)
+
+    class Filler:
+        spec, embed_text, embed_codes = model.spec, model.embed_text, model.embed_codes
+
+        @staticmethod
+        def forward(*inputs):
+            model.fill_cache(*inputs)
+            return inputs[0]
+
+    filled, expected = new_caches(model, tables), new_caches(model, tables)
+    for runner, caches in ((Filler, filled), (model, expected)):
+        prefill(runner, caches, [(sequence, tables[0], 0, len(sequence))])
+    for ours, theirs in zip(filled, expected, strict=True):
+        assert torch.equal(ours[:, tables[0]], theirs[:, tables[0]])
 
 
 def test_decode_of_1_to_64_rows_has_the_bits_of_solo_decode(model):
     num_rows = 64
-    tables, caches = block_tables(num_rows), new_caches(model)
+    tables = block_tables(num_rows)
+    caches = new_caches(model, tables)
     sequences = [
         Sequence(model.spec, seed, 2, 1 + 2 * seed % 97, 3, num_frames=1)
         for seed in range(num_rows)
@@ -220,7 +242,7 @@ def test_half_precision_follows_float32(checkpoint_folders, model, dtype):
     assert half.spec.dtype == getattr(torch, dtype)
     sequence, tables = Sequence(model.spec, seed=2), block_tables(1)
     pieces = [(sequence, tables[0], 0, len(sequence))]
-    (expected,) = prefill(model, new_caches(model), pieces)
+    (expected,) = prefill(model, new_caches(model, tables), pieces)
 
     class Cast:
         spec = half.spec
@@ -231,5 +253,5 @@ def test_half_precision_follows_float32(checkpoint_folders, model, dtype):
         def forward(hidden, positions, num_text_rows):
             return half.forward(hidden.to(half.spec.dtype), positions, num_text_rows).float()
 
-    (hidden,) = prefill(Cast, new_caches(half), pieces)
+    (hidden,) = prefill(Cast, new_caches(half, tables), pieces)
     assert (hidden - expected).norm() / expected.norm() < 0.03

@@ -46,21 +46,32 @@ class SelfAttention(Layer):
     ) -> Tensor:
         """Store this step's keys and values, then attend.
 
+        Args as of ``store``.
+        """
+        queries = self.store(x, rotary, cache, plan)
+        context = paged_attention(queries, cache, plan, self._scale)
+        output: Tensor = self.output(context.flatten(1))
+        return output
+
+    def store(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Tensor, plan: AttentionPlan
+    ) -> Tensor:
+        """Store this step's keys and values.
+
         Args:
             x: [N, hidden_size]; rows beyond the plan's are padding.
             rotary: cosines and signed sines of the rows, each [N, 1, head_dim].
-            cache: of this layer, [2, num_blocks, block_size, num_kv_heads, head_dim].
+            cache: of this layer, [2, num_blocks, num_kv_heads, block_size, head_dim].
             plan: of this step.
+
+        Returns:
+            Rotated queries, [N, num_heads, head_dim].
         """
-        num_rows = plan.slot_mapping.shape[0]
-        num_rotated = self._num_heads + self._num_kv_heads
-        heads = self.qkv(x).view(x.shape[0], -1, self._head_dim)
-        rotated = apply_rope(heads[:, :num_rotated], *rotary)
-        keys = rotated[:num_rows, self._num_heads :]
-        write_kv(cache, plan.slot_mapping, keys, heads[:num_rows, num_rotated:])
-        context = paged_attention(rotated[:, : self._num_heads], cache, plan, self._scale)
-        output: Tensor = self.output(context.flatten(1))
-        return output
+        heads: Tensor = self.qkv(x).view(x.shape[0], -1, self._head_dim)
+        rotated = heads[:, : self._num_heads + self._num_kv_heads]
+        rotated.copy_(apply_rope(rotated, *rotary))
+        write_kv(cache, plan.written_rows, heads[: plan.num_rows, self._num_heads :])
+        return heads[:, : self._num_heads]
 
     def targets(self, prefix: str) -> dict[str, Tensor]:
         return self.qkv.targets(prefix) | self.output.targets(f"{prefix}.o_proj")

@@ -6,8 +6,9 @@ both key layouts of the checkpoints; knows no sampling, delay pattern or request
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,24 @@ class HiggsAudioModel(nn.Module):
         return embedded
 
     def forward(self, hidden: Tensor, positions: Tensor, num_text_rows: int) -> Tensor:
+        num_rows = hidden.shape[0]
+        step = self._prepare(hidden, positions, num_text_rows)
+        hidden = step.hidden
+        for layer, cache in zip(self.layers, step.caches, strict=True):
+            hidden = layer(hidden, step.rotary, cache, step.plan, step.num_text_rows)
+        normed: Tensor = self.norm(hidden)
+        return normed[:num_rows]
+
+    def fill_cache(self, hidden: Tensor, positions: Tensor, num_text_rows: int) -> None:
+        step = self._prepare(hidden, positions, num_text_rows)
+        hidden = step.hidden
+        for layer, cache in zip(self.layers[:-1], step.caches[:-1], strict=True):
+            hidden = layer(hidden, step.rotary, cache, step.plan, step.num_text_rows)
+        last = self.layers[-1]
+        assert isinstance(last, _DualLayer)
+        last.store(hidden, step.rotary, step.caches[-1], step.plan, step.num_text_rows)
+
+    def _prepare(self, hidden: Tensor, positions: Tensor, num_text_rows: int) -> _Step:
         context = get_forward_context()
         plan = plan_attention(context.attn_metadata, context.kv_caches[0])
         num_rows = hidden.shape[0]
@@ -154,10 +173,7 @@ class HiggsAudioModel(nn.Module):
         if num_text_rows == num_rows:
             num_text_rows += num_padding
         rotary = self.rotary(positions)
-        for layer, cache in zip(self.layers, context.kv_caches, strict=True):
-            hidden = layer(hidden, rotary, cache, plan, num_text_rows)
-        normed: Tensor = self.norm(hidden)
-        return normed[:num_rows]
+        return _Step(hidden, rotary, num_text_rows, plan, context.kv_caches)
 
     def audio_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.audio_head(hidden)
@@ -180,6 +196,16 @@ class HiggsAudioModel(nn.Module):
 
     def _linears(self) -> Iterator[Linear]:
         return (module for module in self.modules() if isinstance(module, Linear))
+
+
+class _Step(NamedTuple):
+    """What all layers share in one step."""
+
+    hidden: Tensor  # [N + padding, hidden_size], input of the first layer
+    rotary: tuple[Tensor, Tensor]
+    num_text_rows: int
+    plan: AttentionPlan
+    caches: Sequence[Tensor]
 
 
 class _DualLayer(Layer):
@@ -208,6 +234,17 @@ class _DualLayer(Layer):
     ) -> Tensor:
         x = x + self.attention(self._normed(x, num_text_rows), rotary, cache, plan)
         return x.add_(self._fed_forward(x, num_text_rows))
+
+    def store(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: Tensor,
+        plan: AttentionPlan,
+        num_text_rows: int,
+    ) -> None:
+        """The part of ``forward`` that later steps need: keys and values."""
+        self.attention.store(self._normed(x, num_text_rows), rotary, cache, plan)
 
     def _normed(self, x: Tensor, num_text_rows: int) -> Tensor:
         if num_text_rows == 0:

@@ -84,6 +84,10 @@ class SpeechModel(Protocol):
         """
         ...
 
+    def fill_cache(self, hidden: Tensor, positions: Tensor, num_text_rows: int) -> None:
+        """As ``forward``, for the keys and values alone."""
+        ...
+
     def audio_logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden_size] -> float32 [N, num_codebooks, codebook_size]."""
         ...

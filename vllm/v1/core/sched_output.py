@@ -37,6 +37,7 @@ class NewRequestData:
     seed: int
     frame_limit: int  # delayed frames after which the request ends
     max_silence_frames: int | None  # None: no silence guard
+    num_cached_positions: int  # first positions whose keys and values other requests computed
 
 
 @dataclass(frozen=True)

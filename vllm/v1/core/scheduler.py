@@ -521,6 +521,7 @@ def _new_request_data(request: Request) -> NewRequestData:
         seed=request.seed,
         frame_limit=request.frame_limit,
         max_silence_frames=request.max_silence_frames,
+        num_cached_positions=request.num_cached_positions,
     )
 
 

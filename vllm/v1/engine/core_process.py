@@ -6,6 +6,7 @@ parent is gone and this process ends.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -66,6 +67,9 @@ def main(address: str) -> int:
     connection = _Connection(address)
     try:
         core = EngineCore(config)
+        # What start-up made lives as long as the process; no collection need look at it again.
+        gc.collect()
+        gc.freeze()
         connection.send(EngineCoreOutputs(info=core.info))
         _run(core, connection)
     except Exception as error:  # the process edge: say why, then die

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vllm.forward_context import set_forward_context
 from vllm.kernels.attention import DecodeMetadata, PrefillMetadata, PrefillSequence
+from vllm.kernels.cache import clear_blocks
 from vllm.logger import get_logger
 from vllm.model_executor.framing import DelayFraming
 from vllm.model_executor.models.interface import SpeechModel
@@ -49,7 +50,7 @@ class _Swapped:
     """A request whose row and pages lie on the host."""
 
     running: _Running
-    pages: list[Tensor]  # per layer, [2, num_blocks, block_size, num_kv_heads, head_dim]
+    pages: list[Tensor]  # per layer, [2, num_blocks, num_kv_heads, block_size, head_dim]
     state: Any
     num_positions: int
     pending: NDArray[np.int16]  # [n, num_codebooks], frames that the codec has not seen
@@ -72,7 +73,7 @@ class GPUModelRunner:
         model: loaded, on ``device``.
         state: per-row state of the model's family, on ``device``.
         codec: decodes frames beside the steps.
-        kv_caches: one per layer, [2, num_blocks, block_size, num_kv_heads, head_dim].
+        kv_caches: one per layer, [2, num_blocks, num_kv_heads, block_size, head_dim].
         block_size: positions per block.
         max_num_seqs: rows there are.
         device: of model, state and caches.
@@ -163,17 +164,29 @@ class GPUModelRunner:
         for request_id, block_ids in plan.swap_in.items():
             self._swap_in(request_id, block_ids)
         for data in plan.new:
-            self._add(data, num_cached=_first_position(plan, data))
+            self._add(data)
         for request_id, block_ids in plan.new_blocks.items():
             self._block_table.append(self._requests[request_id].row, block_ids)
+        self._clear_new_blocks(plan)
 
-    def _add(self, data: NewRequestData, *, num_cached: int) -> None:
+    def _clear_new_blocks(self, plan: SchedulerOutput) -> None:
+        """Blocks that hold nothing yet; a new request's first ones may come from the cache."""
+        num_cached = {
+            data.request_id: data.num_cached_positions // self._block_size for data in plan.new
+        }
+        empty: list[int] = []
+        for request_id, block_ids in plan.new_blocks.items():
+            empty.extend(block_ids[num_cached.get(request_id, 0) :])
+        if empty:
+            clear_blocks(self._kv_caches, empty)
+
+    def _add(self, data: NewRequestData) -> None:
         row = self._take_row(data)
         self._state.add_request(row, data)
         self._codec.open(data.request_id, max_silence_frames=data.max_silence_frames)
         running = _Running(data, row, self._state.make_framing())
         self._requests[data.request_id] = running
-        self._num_positions[row] = num_cached
+        self._num_positions[row] = data.num_cached_positions
         self._num_pending[row] = 0
         self._num_due[row] = self._frames_until_due(running)
 
@@ -242,7 +255,7 @@ class GPUModelRunner:
         ]
         metadata = PrefillMetadata.build(sequences, self._block_size)
         with set_forward_context(metadata, self._kv_caches):
-            self._model.forward(inputs.hidden, inputs.positions, inputs.num_text_rows)
+            self._model.fill_cache(inputs.hidden, inputs.positions, inputs.num_text_rows)
         for row, part in zip(rows, slices, strict=True):
             self._num_positions[row] = part.stop
 
@@ -320,14 +333,6 @@ class GPUModelRunner:
         is_first = num_frames == 0
         lag = self._state.num_codebooks - 1 if is_first else 0
         return min(missing + lag, _PENDING_FRAMES)
-
-
-def _first_position(plan: SchedulerOutput, data: NewRequestData) -> int:
-    """Prompt positions of a new request that the prefix cache holds."""
-    for chunk in plan.prefill:
-        if chunk.request_id == data.request_id:
-            return chunk.start
-    return len(data.prompt_token_ids) if data.request_id in plan.decode else 0
 
 
 def _to_host(frames: Tensor, status: Tensor) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
