@@ -11,7 +11,7 @@ Errors are raised where the fact is known and turned into replies once, at the e
     ├── VoiceNotFoundError         404  there is no such uploaded voice to delete
     ├── VoiceForbiddenError        403  voices that ship with the server cannot be changed
     ├── VoiceConflictError         409  a voice of that id exists, or there is no room for one
-    ├── VoiceStoreError            500  the folder of uploaded voices cannot be used
+    ├── VoiceStoreError            503  the place of uploaded voices cannot be used now
     ├── OverloadedError            503  try again later
     ├── RequestAbortedError        499  the caller gave up
     ├── EngineDeadError            503  the engine process is gone
@@ -104,8 +104,9 @@ class VoiceConflictError(HiggsAudioError):
 
 
 class VoiceStoreError(HiggsAudioError):
-    """The folder of uploaded voices cannot be read or written."""
+    """The place of uploaded voices cannot be read or written now."""
 
+    http_status = 503
     code = "voice_store_error"
 
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import subprocess
+import sys
 import threading
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import boto3
 import httpx
 import numpy as np
 import pytest
@@ -16,6 +22,8 @@ import uvicorn
 
 from vllm.entrypoints.bosonai.api_server import build_app
 from vllm.entrypoints.bosonai.engine_host import EngineHost
+from vllm.entrypoints.bosonai.serving_voices import open_store
+from vllm.entrypoints.bosonai.voice_store import VoiceStore
 from vllm.entrypoints.cli_args import parse_serve_args
 from vllm.exceptions import EngineDeadError, UnknownVoiceError
 from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
@@ -32,7 +40,10 @@ RANDOM_SEED = 4711  # what the fake "draws" for a request without a seed
 
 
 class FakeVoices:
-    def __init__(self) -> None:
+    store_threads = None
+
+    def __init__(self, store: VoiceStore | None) -> None:
+        self.store = store
         self._voices = {
             name: Voice(voice_id=name, name=name.replace("_", " ").title(), is_default=default)
             for name, default in (("en_woman", True), ("en_man", False), ("de_man", False))
@@ -48,6 +59,15 @@ class FakeVoices:
 
     def is_preset(self, name: str) -> bool:
         return name in self._voices or name in self._aliases
+
+    def preset_names(self) -> list[str]:
+        return [*self._voices]
+
+    def threads_for(self, *_names: str | None) -> None:
+        return None
+
+    def forget(self, voice_id: str) -> None:
+        pass
 
     def list(self) -> list[dict[str, Any]]:
         return [
@@ -79,6 +99,7 @@ class FakeEngine:
     may_start: threading.Event = field(default_factory=threading.Event)
     info: EngineInfo | None = None
     voices: FakeVoices | None = None
+    store: VoiceStore | None = None
     seen: list[tuple[SpeechPrompt, SamplingParams, str]] = field(default_factory=list)
     timeouts: list[float | None] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
@@ -113,7 +134,7 @@ class FakeEngine:
             tokenizer_folder="",
             model_folder="",
         )
-        self.voices = FakeVoices()
+        self.voices = FakeVoices(self.store)
         self.is_ready = True
 
     def kill(self) -> None:
@@ -237,6 +258,7 @@ def serve(engine: FakeEngine, *flags: str, wait_ready: bool = True) -> Iterator[
         ["--served-model-name", "tts-test", "tts-1", "--voice-store", "none", *flags]
     )
     fatal = threading.Event()
+    engine.store = open_store(args.server)
     host = EngineHost(lambda: engine, on_fatal=fatal.set)
     app = build_app(args, host)
     server = uvicorn.Server(
@@ -280,6 +302,86 @@ def start_server() -> Iterator[Callable[..., LiveServer]]:
         yield lambda engine=None, *flags, **options: stack.enter_context(
             serve(engine or FakeEngine(), *flags, **options)
         )
+
+
+S3_SERVER = """
+import threading
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+application, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+
+def one_at_a_time(environ, start_response):  # moto's conditional writes are not atomic
+    with lock:
+        return application(environ, start_response)
+
+
+server = make_server("127.0.0.1", 0, one_at_a_time, threaded=True)
+print(server.port, flush=True)
+server.serve_forever()
+"""
+
+
+class S3Server:
+    """An S3 server, a process of its own."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", S3_SERVER],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        with self._process.stdout as output:
+            self.url = f"http://127.0.0.1:{int(output.readline())}"
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def s3_url() -> Iterator[str]:
+    """Address of the S3 server that the tests share."""
+    server = S3Server()
+    yield server.url
+    server.stop()
+
+
+@pytest.fixture
+def start_s3() -> Iterator[Callable[[], S3Server]]:
+    """Start S3 servers of one's own; they stop with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start() -> S3Server:
+            server = S3Server()
+            stack.callback(server.stop)
+            return server
+
+        yield start
+
+
+@pytest.fixture
+def s3(s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The environment that leads boto3, here and in processes started here, to that server."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+
+
+@pytest.fixture
+def bucket(s3: None) -> str:
+    """Name of an empty bucket."""
+    name = f"voices-{uuid.uuid4().hex}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return name
 
 
 @pytest.fixture

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
 import wave
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import openai
 import pytest
@@ -107,7 +110,7 @@ def test_the_engine_prepares_an_upload(server: Any) -> None:
     upload(server)
     while not server.engine.seen:
         assert server.client.get("/health").status_code == 200
-    assert server.engine.seen[0][0].voice == "anna"
+    assert server.engine.seen[0][0].voice.voice_id == "anna"
 
 
 def test_add_and_remove_prompt(server: Any) -> None:
@@ -185,10 +188,99 @@ def test_uploads_can_be_refused(start: Callable[..., Any]) -> None:
     assert server.client.delete("/v1/audio/voices/anna").status_code == 403
 
 
-def test_buckets_are_not_supported(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_serve_args(["--voice-store", "s3://bucket/voices"])
-    assert "only folders are supported" in capsys.readouterr().err
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Value of ``--voice-store``."""
+    if request.param == "folder":
+        return str(tmp_path / "shared")
+    return f"s3://{request.getfixturevalue('bucket')}/tts"
+
+
+def speak(server: Any, voice: str) -> Any:
+    return server.client.post("/v1/audio/speech", json={"input": "a", "voice": voice})
+
+
+def delete(server: Any, voice: str = "anna") -> Any:
+    return server.client.delete(f"/v1/audio/voices/{voice}")
+
+
+def test_servers_share_a_store(start: Callable[..., Any], place: str) -> None:
+    here, there = start("--voice-store", place), start("--voice-store", place)
+    assert speak(there, "anna").status_code == 400
+    assert upload(here).status_code == 200
+    assert ids(there) == ids(here)
+    assert ids(here)[-1] == "anna"
+    assert speak(there, "anna").headers["x-voice"] == "anna"
+    assert upload(there).status_code == 409
+    assert delete(there).status_code == 200
+    assert delete(here).status_code == 404
+    for server in (here, there):
+        assert "anna" not in ids(server)
+        assert speak(server, "anna").json()["error"]["code"] == "voice_not_found"
+
+
+def test_the_same_name_at_two_servers_at_once(start: Callable[..., Any], place: str) -> None:
+    servers = [start("--voice-store", place) for _ in range(2)]
+    with ThreadPoolExecutor(4) as pool:
+        statuses = sorted(reply.status_code for reply in pool.map(upload, servers * 2))
+        assert statuses == [200, 409, 409, 409]
+        deletions = {reply.status_code for reply in pool.map(delete, servers * 2)}
+    assert 200 in deletions
+    assert deletions <= {200, 404}
+    assert "anna" not in ids(servers[0])
+    assert upload(servers[1]).status_code == 200
+
+
+def assert_store_failed(reply: Any) -> None:
+    assert reply.status_code == 503, reply.text
+    assert reply.json()["error"]["code"] == "voice_store_error"
+    assert "voice store" in reply.json()["error"]["message"]
+    assert int(reply.headers["retry-after"]) >= 1
+
+
+def test_a_store_that_does_not_answer_holds_up_nothing_else(
+    start: Callable[..., Any], s3: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(8) as pool:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        server = start("--voice-store", "s3://voices/tts")
+        waiting = [pool.submit(server.client.get, "/v1/audio/voices") for _ in range(2)]
+        waiting += [pool.submit(speak, server, "nobody") for _ in range(6)]
+        connection, _ = silent.accept()
+        assert speak(server, "en_man").status_code == 200
+        assert server.client.get("/health").status_code == 200
+        assert not any(reply.done() for reply in waiting)
+        connection.close()
+        silent.close()
+        for reply in waiting:
+            assert_store_failed(reply.result())
+
+
+def test_a_store_that_is_gone(
+    start: Callable[..., Any], s3: None, start_s3: Callable[[], Any], monkeypatch: Any
+) -> None:
+    service = start_s3()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", service.url)
+    boto3.client("s3").create_bucket(Bucket="voices")
+    server = start("--voice-store", "s3://voices/tts")
+    for name in ("anna", "bert"):
+        assert upload(server, name=name).status_code == 200
+        assert speak(server, name).status_code == 200
+    server.engine.voices.forget("bert")
+    service.stop()
+    assert speak(server, "anna").status_code == 200
+    assert speak(server, "alloy").status_code == 200
+    assert server.client.get("/health").status_code == 200
+    for reply in (
+        speak(server, "bert"),
+        server.client.get("/v1/audio/voices"),
+        server.client.get("/voices"),
+        upload(server, name="carl"),
+        upload(server, name="dora", type="prompt", prompt="Deep."),
+        delete(server),
+        server.client.post("/remove_prompt", json={"prompt_id": "anna"}),
+    ):
+        assert_store_failed(reply)
 
 
 def test_a_codec_that_cannot_encode(start_server: Any, fake_engine: Any, tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ from typing import Any, Literal
 from vllm import envs
 from vllm.exceptions import ConfigError
 
-__all__ = ["NO_STORE", "ServerConfig", "flag_name"]
+__all__ = ["BUCKET_SCHEME", "NO_STORE", "ServerConfig", "flag_name"]
 
 NO_STORE = "none"  # value of --voice-store
+BUCKET_SCHEME = "s3://"  # begins values of --voice-store
+_BUCKET_URL = re.compile(rf"{BUCKET_SCHEME}[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/[^?#]*)?")
 
 
 _NOT_NEGATIVE = (
@@ -77,8 +79,8 @@ class ServerConfig:
     )
     voice_store: str | None = _option(
         None,
-        "folder of uploaded voices, which servers may share; none refuses uploads; "
-        "default: voices in the cache folder",
+        "folder or s3://BUCKET/PREFIX of uploaded voices, which servers may share; none refuses "
+        "uploads; default: voices in the cache folder",
     )
     max_stored_voices: int = _option(1000, "uploaded voices that are kept")
     default_voice: str | None = _option(
@@ -153,8 +155,8 @@ class ServerConfig:
             )
         store = self.voice_store or ""
         _require(
-            "://" not in store,
-            f"--voice-store {store}: only folders are supported; mount the bucket",
+            "://" not in store or _BUCKET_URL.fullmatch(store) is not None,
+            f"--voice-store {store}: give a folder, s3://BUCKET/PREFIX or {NO_STORE}",
         )
         is_file = Path(store).expanduser().is_file()
         _require(not is_file, f"--voice-store {store}: is a file; give a folder, or none")

@@ -143,7 +143,7 @@ def build_app(args: ServeArgs, host: EngineHost) -> FastAPI:
     add_service_routes(app, args, host, synthesizer)
     speech = ServingAudio(args, synthesizer, encoders, loader)
     _add_audio_routes(app, speech)
-    add_voice_routes(app, host, open_store(args.server), clips)
+    add_voice_routes(app, host, clips)
     add_proxy_routes(app, args.server, speech, synthesizer)
     add_batch_routes(app, args.server, speech, synthesizer)
     add_chat_routes(app, ServingChat(args, synthesizer, encoders, loader, speech))
@@ -253,17 +253,18 @@ def create_engine(args: ServeArgs) -> EngineClient:
     """The real engine, not yet started.
 
     Raises:
-        ConfigError: the presets folder or the default voice is wrong.
+        ConfigError: the presets folder, the default voice or the voice store is wrong.
     """
     server = args.server
     # Loading may take minutes, so a wrong folder or voice is told before it.
     VoiceLibrary.without_engine(server.presets_folder, default_voice=server.default_voice)
+    store = open_store(server)
 
     def make_voices(info: EngineInfo) -> VoiceLibrary:
         return VoiceLibrary.for_engine(
             info,
             folder=server.presets_folder,
-            store=open_store(server),
+            store=store,
             default_voice=server.default_voice,
             refresh_interval_s=server.voice_presets_refresh_interval,
         )

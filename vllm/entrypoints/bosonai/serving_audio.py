@@ -158,14 +158,21 @@ class ServingAudio:
 
         Raises:
             UnknownVoiceError: there is none.
+            VoiceStoreError: it is no preset, and the store cannot be asked.
         """
-        return await asyncio.to_thread(self._library().resolve, name)  # may read files
+        library = self._library()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(library.threads_for(name), library.resolve, name)
 
     async def voices(self, names: Mapping[str, str]) -> dict[str, Voice]:
         """The voices of speakers; raises InvalidRequestError, which names the speaker."""
         if not names:
             return {}
-        return await asyncio.to_thread(resolve_voices, self._library(), names)
+        library = self._library()
+        threads = library.threads_for(*names.values())
+        return await asyncio.get_running_loop().run_in_executor(
+            threads, resolve_voices, library, names
+        )
 
     def _library(self) -> VoiceLibrary:
         voices = self._synthesizer.ready_engine().voices

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
@@ -24,7 +24,14 @@ from starlette.datastructures import UploadFile
 from vllm import envs
 from vllm.audio import decode_clip, parse_data_url
 from vllm.entrypoints.bosonai.engine_host import EngineClient, EngineHost
-from vllm.entrypoints.bosonai.voice_store import StoredVoice, VoiceStore, id_of_name, new_id
+from vllm.entrypoints.bosonai.voice_store import (
+    FolderFiles,
+    StoredVoice,
+    VoiceFiles,
+    VoiceStore,
+    id_of_name,
+    new_id,
+)
 from vllm.entrypoints.openai.protocol import Text
 from vllm.entrypoints.openai.reply_bodies import (
     DeletedVoice,
@@ -34,8 +41,9 @@ from vllm.entrypoints.openai.reply_bodies import (
     VoiceObject,
 )
 from vllm.entrypoints.openai.reply_docs import Replies, error_replies, json_reply
-from vllm.entrypoints.server_config import NO_STORE
+from vllm.entrypoints.server_config import BUCKET_SCHEME, NO_STORE
 from vllm.exceptions import (
+    ConfigError,
     HiggsAudioError,
     InvalidRequestError,
     VoiceConflictError,
@@ -46,6 +54,7 @@ from vllm.prompts import SpeechPrompt
 from vllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from vllm.entrypoints.bosonai.voices import VoiceLibrary
     from vllm.entrypoints.server_config import ServerConfig
 
 __all__ = [
@@ -153,20 +162,15 @@ _DELETION_ERRORS = error_replies(400, 403, 404, 500, 503)
 class _VoiceKeeper:
     """Checks uploads, keeps them, and has the engine encode them."""
 
-    def __init__(
-        self, host: EngineHost, store: VoiceStore | None, pool: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, host: EngineHost, clips: ThreadPoolExecutor) -> None:
         self._host = host
-        self._store = store
-        self._pool = pool
+        self._clips = clips
         self._warming: set[asyncio.Task[None]] = set()
 
     async def create(self, upload: VoiceUpload) -> StoredVoice:
         """Keep a new voice under an id made from its name."""
         voice_id = id_of_name(upload.name)
-        engine = self._host.ready_engine()
-        assert engine.voices is not None, "a ready engine has its voices"
-        if await asyncio.to_thread(engine.voices.is_preset, voice_id):
+        if await asyncio.to_thread(_library(self._host).is_preset, voice_id):
             raise VoiceConflictError(
                 f"the name {voice_id!r} belongs to a voice of this server; take another one"
             )
@@ -193,7 +197,7 @@ class _VoiceKeeper:
                 "prompt is missing; say what the voice sounds like", param="prompt"
             )
         voice = _record(upload, voice_id, scene=upload.prompt)
-        await asyncio.to_thread(self._writable().add, voice, None, 0)
+        await self._change(voice_id, self._writable().add, voice, None, 0)
         return voice
 
     async def keep_clip(
@@ -208,33 +212,40 @@ class _VoiceKeeper:
                 f"{param} is not possible with this model: its codec cannot encode", param=param
             )
         rate, store = info.sample_rate, self._writable()
-
-        def keep() -> StoredVoice:
-            samples = _decode(clip, param, rate)
-            voice = _record(
-                upload, voice_id, transcript=upload.words, duration_s=len(samples) / rate
-            )
-            store.add(voice, samples, rate)
-            return voice
-
-        voice = await asyncio.get_running_loop().run_in_executor(self._pool, keep)
+        loop = asyncio.get_running_loop()
+        samples = await loop.run_in_executor(self._clips, _decode, clip, param, rate)
+        voice = _record(upload, voice_id, transcript=upload.words, duration_s=len(samples) / rate)
+        await self._change(voice_id, store.add, voice, samples, rate)
         self._warm(engine, voice_id)
         return voice
 
     async def delete(self, voice_id: str) -> None:
         """Remove an upload; shipped voices stay."""
-        engine = self._host.ready_engine()
-        assert engine.voices is not None, "a ready engine has its voices"
-        if await asyncio.to_thread(engine.voices.is_preset, voice_id):
+        if await asyncio.to_thread(_library(self._host).is_preset, voice_id):
             raise VoiceForbiddenError(
                 f"voice {voice_id!r} belongs to this server and cannot be deleted"
             )
-        await asyncio.to_thread(self._writable().delete, voice_id)
+        await self._change(voice_id, self._writable().delete, voice_id)
+
+    async def voices(self) -> list[dict[str, Any]]:
+        """What ``GET /v1/audio/voices`` shows."""
+        library = _library(self._host)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(library.store_threads, library.list)
+
+    async def _change(self, voice_id: str, change: Callable[..., None], *args: Any) -> None:
+        """Change one voice of the store; this server then looks at it anew."""
+        library = _library(self._host)
+        try:
+            await asyncio.get_running_loop().run_in_executor(library.store_threads, change, *args)
+        finally:
+            library.forget(voice_id)
 
     def _writable(self) -> VoiceStore:
-        if self._store is None:
+        store = _library(self._host).store
+        if store is None:
             raise VoiceForbiddenError("this server keeps no uploaded voices (--voice-store none)")
-        return self._store
+        return store
 
     def _warm(self, engine: EngineClient, voice_id: str) -> None:
         """Encode the clip and prefill its prompt now, so that the first request need not wait."""
@@ -243,9 +254,19 @@ class _VoiceKeeper:
         task.add_done_callback(self._warming.discard)
 
 
+def _library(host: EngineHost) -> VoiceLibrary:
+    voices = host.ready_engine().voices
+    assert voices is not None, "a ready engine has its voices"
+    return voices
+
+
 async def _speak_once(engine: EngineClient, voice_id: str) -> None:
-    prompt = SpeechPrompt(text="a", voice=voice_id)
+    voices = engine.voices
+    assert voices is not None, "a ready engine has its voices"
+    loop = asyncio.get_running_loop()
     try:
+        voice = await loop.run_in_executor(voices.store_threads, voices.resolve, voice_id)
+        prompt = SpeechPrompt(text="a", voice=voice)
         source = engine.generate(
             prompt, SamplingParams(max_tokens=1), f"warm-{voice_id}-{new_id()[:8]}"
         )
@@ -257,37 +278,53 @@ async def _speak_once(engine: EngineClient, voice_id: str) -> None:
 
 
 def open_store(config: ServerConfig) -> VoiceStore | None:
-    """The store that the flags name; None if the server keeps no uploads."""
-    if config.voice_store == NO_STORE:
+    """The store that the flags name; None if the server keeps no uploads.
+
+    Raises:
+        ConfigError: it is a bucket, and the package or the settings for it are missing.
+    """
+    place = config.voice_store
+    if place == NO_STORE:
         return None
-    folder = config.voice_store
-    return VoiceStore(
-        Path(folder).expanduser() if folder else envs.VLLM_CACHE_ROOT / "voices",
-        max_voices=config.max_stored_voices,
-    )
+    files: VoiceFiles
+    if place is not None and place.startswith(BUCKET_SCHEME):
+        files = _open_bucket(place)
+    else:
+        files = FolderFiles(Path(place).expanduser() if place else envs.VLLM_CACHE_ROOT / "voices")
+    return VoiceStore(files, max_voices=config.max_stored_voices)
 
 
-def add_voice_routes(
-    app: FastAPI, host: EngineHost, store: VoiceStore | None, pool: ThreadPoolExecutor
-) -> None:
+def _open_bucket(url: str) -> VoiceFiles:
+    """The files of ``s3://bucket/prefix``; loads a package that other servers do without."""
+    try:
+        from vllm.entrypoints.bosonai.voice_bucket import BucketFiles
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--voice-store {url} needs the package {error.name}: "
+            "pip install 'higgs-audio-vllm[s3]'"
+        ) from error
+    bucket, _, prefix = url.removeprefix(BUCKET_SCHEME).partition("/")
+    return BucketFiles(bucket, prefix.strip("/"))
+
+
+def add_voice_routes(app: FastAPI, host: EngineHost, clips: ThreadPoolExecutor) -> None:
     """Add the routes that list and change voices.
 
     Args:
         app: to add to.
-        host: of the engine whose voices are listed.
-        store: where uploads go; None refuses them.
-        pool: threads that decode clips.
+        host: of the engine whose voices are listed and changed.
+        clips: threads that decode clips.
     """
-    keeper = _VoiceKeeper(host, store, pool)
-    _add_openai_routes(app, host, keeper)
-    _add_older_routes(app, host, keeper)
+    keeper = _VoiceKeeper(host, clips)
+    _add_openai_routes(app, keeper)
+    _add_older_routes(app, keeper)
 
 
-def _add_openai_routes(app: FastAPI, host: EngineHost, keeper: _VoiceKeeper) -> None:
+def _add_openai_routes(app: FastAPI, keeper: _VoiceKeeper) -> None:
     @app.get("/v1/audio/voices", responses={**json_reply(VoiceList), **_LIST_ERRORS})
     async def list_voices() -> dict[str, Any]:
         """Presets first, then uploads."""
-        return {"object": "list", "voices": await _voices(host)}
+        return {"object": "list", "voices": await keeper.voices()}
 
     @app.post("/v1/audio/voices", responses=_UPLOAD_REPLIES, openapi_extra=_UPLOAD_BODY)
     async def create_voice(raw: Request) -> dict[str, Any]:
@@ -304,11 +341,11 @@ def _add_openai_routes(app: FastAPI, host: EngineHost, keeper: _VoiceKeeper) -> 
         return {"id": voice_id, "object": "audio.voice.deleted", "deleted": True}
 
 
-def _add_older_routes(app: FastAPI, host: EngineHost, keeper: _VoiceKeeper) -> None:
+def _add_older_routes(app: FastAPI, keeper: _VoiceKeeper) -> None:
     @app.get("/voices", responses={**json_reply(list[str]), **_LIST_ERRORS})
     async def list_names() -> list[str]:
         """Ids alone."""
-        return [voice["id"] for voice in await _voices(host)]
+        return [voice["id"] for voice in await keeper.voices()]
 
     @app.post("/voices", responses=_UPLOAD_REPLIES, openapi_extra=_UPLOAD_BODY)
     async def create_voice_here(raw: Request) -> dict[str, Any]:
@@ -331,12 +368,6 @@ def _add_older_routes(app: FastAPI, host: EngineHost, keeper: _VoiceKeeper) -> N
         """Remove what ``/add_prompt`` kept."""
         await keeper.delete(body.prompt_id)
         return {"status": "ok"}
-
-
-async def _voices(host: EngineHost) -> list[dict[str, Any]]:
-    voices = host.ready_engine().voices
-    assert voices is not None, "a ready engine has its voices"
-    return await asyncio.to_thread(voices.list)
 
 
 async def _read_upload(raw: Request) -> VoiceUpload:

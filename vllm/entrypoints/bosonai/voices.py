@@ -10,6 +10,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -20,7 +21,12 @@ from numpy.typing import NDArray
 
 from vllm.audio import decode_clip, pad_to_multiple, read_wav, resample
 from vllm.entrypoints.bosonai.voice_store import StoredVoice, VoiceStore
-from vllm.exceptions import ConfigError, InvalidRequestError, UnknownVoiceError
+from vllm.exceptions import (
+    ConfigError,
+    InvalidRequestError,
+    UnknownVoiceError,
+    VoiceStoreError,
+)
 from vllm.logger import get_logger
 from vllm.prompts import PromptClip, Voice
 
@@ -57,8 +63,9 @@ _KEY_TYPES: dict[str, type] = {
     "default": bool,
 }
 
-_MAX_SHOWN_NAMES = 32
 _ANY_RATE_HZ = 24_000  # where no codec is loaded; lengths are shown in seconds
+_MAX_SHOWN_NAMES = 32
+_STORE_THREADS = 4
 _MAX_OPEN_UPLOADS = 32  # whose clips stay in memory; half a minute is 3 MB
 
 _Stamp = tuple[tuple[str, int, int], ...]  # (path, mtime in ns, size) of every file
@@ -73,12 +80,24 @@ class _Snapshot:
     stamp: _Stamp
 
 
+@dataclass(frozen=True)
+class _OpenUpload:
+    """An uploaded voice with its clip in memory."""
+
+    stored: StoredVoice
+    voice: Voice
+    asked_s: float  # when the store was last asked for it
+
+
 class VoiceLibrary:
     """Voices of one presets folder, reread when its files change, and of a store of uploads.
 
     Preset files are looked at when a voice is asked for, at most every ``refresh_interval_s``; a
-    folder that has become invalid keeps the voices it had and is logged once. The store is asked
-    each time. A preset goes before an upload of the same id.
+    folder that has become invalid keeps the voices it had and is logged once. A preset goes before
+    an upload of the same id.
+
+    The store is asked each time, or again after ``store.trust_s``. While it fails, uploads whose
+    clips are in memory are used as they were.
 
     Args:
         folder: holds ``config.json`` and the clips; None is the shipped one.
@@ -117,7 +136,10 @@ class VoiceLibrary:
         self._num_codebooks = num_codebooks
         self._can_encode = can_encode
         self._store = store
-        self._uploads: OrderedDict[str, tuple[StoredVoice, Voice]] = OrderedDict()
+        # The store has threads of its own: while it does not answer, other voices are not held up.
+        self.store_threads = ThreadPoolExecutor(_STORE_THREADS, thread_name_prefix="voice-store")
+        self._uploads: OrderedDict[str, _OpenUpload] = OrderedDict()
+        self._num_forgotten = 0
         self._default_voice = default_voice
         self._refresh_interval_s = refresh_interval_s
         self._clock = clock
@@ -180,16 +202,38 @@ class VoiceLibrary:
         presets = self._current().voices
         return [*presets, *(voice.voice_id for voice in self._stored_beside(presets))]
 
+    @property
+    def store(self) -> VoiceStore | None:
+        """Where uploads are kept; None if there are none."""
+        return self._store
+
+    def preset_names(self) -> Sequence[str]:
+        """Ids of the presets."""
+        return list(self._current().voices)
+
     def is_preset(self, name: str) -> bool:
         """Whether ``name`` is the id of a preset, or an alias, so that no upload may have it."""
         return name in OPENAI_VOICE_ALIASES or name in self._current().voices
+
+    def threads_for(self, *names: str | None) -> Executor | None:
+        """Where to ``resolve`` these names: ``store_threads`` if the store may have to be asked."""
+        presets = self._snapshot.voices
+        is_shipped = all(n is None or n in OPENAI_VOICE_ALIASES or n in presets for n in names)
+        return None if is_shipped else self.store_threads
+
+    def forget(self, voice_id: str) -> None:
+        """Ask the store for an upload the next time, since it was changed."""
+        with self._lock:
+            self._num_forgotten += 1
+            self._uploads.pop(voice_id, None)
 
     def resolve(self, voice: str | Mapping[str, Any] | None = None) -> Voice:
         """Voice of an id, an alias or ``{"id": ...}``; None is the default voice.
 
         Raises:
-            UnknownVoiceError: there is none of that name; the message lists those there are.
+            UnknownVoiceError: there is none of that name; the message lists the presets.
             InvalidRequestError: not a name, or the codec cannot encode and there are no codes.
+            VoiceStoreError: it is no preset, and the store cannot be asked.
         """
         snapshot = self._current()
         name = _requested_name(voice)
@@ -198,7 +242,7 @@ class VoiceLibrary:
         resolved = snapshot.voices[found] if found is not None else self._uploaded(name or "")
         if resolved is None:
             raise UnknownVoiceError(
-                f"voice {name!r} is unknown; available are {_shortened(self.names)}",
+                f"voice {name!r} is unknown; available are {self._offer(snapshot)}",
                 param="voice",
             )
         needs_encoding = resolved.clip is not None and resolved.clip.samples is not None
@@ -225,22 +269,42 @@ class VoiceLibrary:
 
     def _uploaded(self, voice_id: str) -> Voice | None:
         """An uploaded voice with its clip, which is read once per version of the voice."""
-        stored = self._store.get(voice_id) if self._store is not None else None
-        if stored is None:
+        if self._store is None:
             return None
         with self._lock:
             known = self._uploads.get(voice_id)
-            if known is not None and known[0] == stored:
-                self._uploads.move_to_end(voice_id)
-                return known[1]
-        voice = self._read_upload(stored)
-        if voice is not None:
-            with self._lock:
-                self._uploads[voice_id] = (stored, voice)
-                self._uploads.move_to_end(voice_id)
-                if len(self._uploads) > _MAX_OPEN_UPLOADS:
-                    self._uploads.popitem(last=False)
+            num_forgotten, now_s = self._num_forgotten, self._clock()
+        if known is not None and now_s < known.asked_s + self._store.trust_s:
+            return known.voice
+        try:
+            stored = self._store.get(voice_id)
+        except VoiceStoreError:
+            if known is None:
+                raise
+            return known.voice
+        if stored is not None and known is not None and known.stored == stored:
+            voice: Voice | None = known.voice
+        else:
+            voice = self._read_upload(stored) if stored is not None else None
+        with self._lock:
+            if num_forgotten == self._num_forgotten:
+                self._remember(voice_id, stored, voice, now_s)
         return voice
+
+    def _remember(
+        self, voice_id: str, stored: StoredVoice | None, voice: Voice | None, asked_s: float
+    ) -> None:
+        self._uploads.pop(voice_id, None)
+        if stored is None or voice is None:
+            return
+        self._uploads[voice_id] = _OpenUpload(stored, voice, asked_s)
+        if len(self._uploads) > _MAX_OPEN_UPLOADS:
+            self._uploads.popitem(last=False)
+
+    def _offer(self, snapshot: _Snapshot) -> str:
+        """What a message says of the voices there are; the store is not asked for it."""
+        presets = _shortened(list(snapshot.voices))
+        return presets if self._store is None else f"{presets} and uploads (GET /v1/audio/voices)"
 
     def _read_upload(self, stored: StoredVoice) -> Voice | None:
         assert self._store is not None, "stored voices come from a store"
@@ -393,7 +457,7 @@ def _without_clip(stored: StoredVoice) -> Voice:
 
 
 def _shortened(names: Sequence[str]) -> str:
-    """Names for a message, which a thousand uploads would make unreadable."""
+    """Names for a message, which a thousand of them would make unreadable."""
     shown = ", ".join(names[:_MAX_SHOWN_NAMES])
     rest = len(names) - _MAX_SHOWN_NAMES
     return f"{shown} and {rest} more (GET /v1/audio/voices)" if rest > 0 else shown
