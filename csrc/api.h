@@ -77,6 +77,46 @@ HAV_API void hav_embed_codes(hav_pool* pool, const float* table, int64_t width,
                              const int64_t* codes, int64_t codes_stride, int64_t num_codebooks,
                              int64_t codebook_size, float* y, int64_t y_stride, int64_t num_rows);
 
+// ---- Linear maps ------------------------------------------------------------------------------
+
+// Number formats of weights.
+#define HAV_FLOAT32 0
+#define HAV_BFLOAT16 1  // inputs are rounded to bfloat16 too
+#define HAV_INT8 2      // one scale per output; inputs become int8 with one scale per row
+#define HAV_INT4 3      // one scale per output and 32 inputs; inputs as for HAV_INT8
+
+// A matrix [num_outputs, num_inputs] packed for the instruction set that was in use.
+typedef struct hav_linear hav_linear;
+
+// Packs a copy. NULL when there is no memory, or a size or format is not allowed.
+//   values       row-major, value_stride bytes from row to row; of a row, num_inputs float,
+//   bfloat16
+//                or int8, or num_inputs / 2 bytes that hold two int4 each: the even input in the
+//                low half, plus 8. num_inputs of HAV_INT4 is a multiple of 32.
+//   scales       HAV_INT8: float [num_outputs]; HAV_INT4: bfloat16 [num_outputs, num_inputs / 32];
+//                otherwise NULL. A weight is its integer times its scale.
+//   is_gated     nonzero: the first half of the rows are gates and the second half ups, and
+//                silu(gate) * up comes out, num_outputs / 2 numbers
+HAV_API hav_linear* hav_linear_create(hav_pool* pool, int32_t format, int64_t num_outputs,
+                                      int64_t num_inputs, const void* values, int64_t value_stride,
+                                      const void* scales, int32_t is_gated);
+
+// NULL is allowed.
+HAV_API void hav_linear_destroy(hav_linear* weights);
+
+// Bytes of the packed matrix, what a product reads.
+HAV_API int64_t hav_linear_num_bytes(const hav_linear* weights);
+
+// y[r] = W x[r] for each row, or y[r] += W x[r] where is_added is not 0.
+//   x            [num_rows, num_inputs] with stride x_stride
+//   norm_weight  [num_inputs], the gain of an RMS norm of eps norm_eps that rows go through first;
+//                or NULL for none
+//   y            [num_rows, outputs] with stride y_stride; must not overlap x
+// Returns 0, or -1 when there is no memory for the work.
+HAV_API int32_t hav_linear_apply(hav_pool* pool, const hav_linear* weights, const float* x,
+                                 int64_t x_stride, int64_t num_rows, const float* norm_weight,
+                                 float norm_eps, float* y, int64_t y_stride, int32_t is_added);
+
 // ---- Paged attention --------------------------------------------------------------------------
 
 // The KV cache of one layer, float32. Position p of a sequence lies in block table[p / block_size],

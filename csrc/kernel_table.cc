@@ -12,8 +12,18 @@ namespace hav::HAV_ISA {
 #define HAV_NAME_OF_(isa) #isa
 
 const Kernels kKernels = {
-    HAV_NAME_OF(HAV_ISA), rms_norm,          silu_mul,      embed_codes,
-    attend_rows,          rope_write_attend, sample_frames, uniform_numbers,
+    HAV_NAME_OF(HAV_ISA),
+    rms_norm,
+    plan_linear,
+    pack_linear,
+    linear_workspace_bytes,
+    linear,
+    silu_mul,
+    embed_codes,
+    attend_rows,
+    rope_write_attend,
+    sample_frames,
+    uniform_numbers,
 };
 
 }  // namespace hav::HAV_ISA

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "api.h"
+#include "linear.h"
 #include "thread_pool.h"
 
 namespace hav {
@@ -15,6 +16,11 @@ struct Kernels {
   const char* isa;
   void (*rms_norm)(ThreadPool* pool, const float* x, int64_t x_stride, const float* weight,
                    float eps, float* y, int64_t y_stride, int64_t num_rows, int64_t width);
+  LinearWeights (*plan_linear)(const PlainWeights& plain);
+  void (*pack_linear)(ThreadPool* pool, const PlainWeights& plain, const LinearWeights& packed);
+  size_t (*linear_workspace_bytes)(const LinearWeights& weights, int64_t num_rows);
+  void (*linear)(ThreadPool* pool, const LinearWeights& weights, const LinearInput& input,
+                 const LinearOutput& output, void* workspace);
   void (*silu_mul)(ThreadPool* pool, const float* gate_up, int64_t gate_up_stride, float* y,
                    int64_t y_stride, int64_t num_rows, int64_t width);
   void (*embed_codes)(ThreadPool* pool, const float* table, int64_t width, const int64_t* codes,

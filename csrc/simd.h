@@ -4,6 +4,8 @@
 //   F32            kLanes floats; + - * / work lane by lane
 //   I32            kLanes 32-bit integers; + and -
 //   fma(a, b, c)   a * b + c, rounded once where the processor can, in the same way every time
+//   dot2_bf16, dot4_s8, dot4_u4   sum plus, in each 32-bit lane, the products of its two bfloat16s,
+//                  four signed bytes, or four unsigned nibbles (a byte each) with signed bytes
 //   sum, max_of    over the lanes, always in the same order
 //   *_up_to        only the first `count` lanes; the others are 0 on loading and stay unwritten
 //

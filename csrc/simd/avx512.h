@@ -60,4 +60,47 @@ HAV_INLINE F32 two_to_the(I32 a) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
 }
 
+// bfloat16, rounded to nearest even.
+HAV_INLINE void store_bf16_up_to(uint16_t* p, F32 a, int64_t count) {
+  const __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v));
+  _mm256_mask_storeu_epi16(p, first_lanes(count), bits);
+}
+HAV_INLINE F32 load_bf16(const uint16_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+HAV_INLINE void store_s8_up_to(int8_t* p, I32 a, int64_t count) {
+  _mm512_mask_cvtsepi32_storeu_epi8(p, first_lanes(count), a.v);
+}
+
+HAV_INLINE I32 load_words(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+HAV_INLINE I32 splat_word(const uint32_t* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, sizeof word);
+  return splat_i32(word);
+}
+HAV_INLINE F32 dot2_bf16(F32 sum, I32 weights, I32 inputs) {
+  return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(weights.v),
+                           reinterpret_cast<__m512bh>(inputs.v))};
+}
+// The instruction takes unsigned times signed bytes, so inputs carry an offset that their users
+// take out again.
+constexpr int kInt8InputOffset = 128;
+// sum plus four unsigned bytes times four signed ones. GCC 12 copies every sum twice around the
+// intrinsic, because it sees it in two types of vector.
+HAV_INLINE I32 dot4_u8_s8(I32 sum, I32 unsigned_bytes, I32 signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(unsigned_bytes.v), "v"(signed_bytes.v));
+  return sum;
+}
+HAV_INLINE I32 dot4_s8(I32 sum, I32 weights, I32 inputs) {
+  return dot4_u8_s8(sum, inputs, weights);
+}
+HAV_INLINE I32 dot4_u4(I32 sum, I32 weights, I32 inputs) {
+  return dot4_u8_s8(sum, weights, inputs);
+}
+HAV_INLINE I32 low_nibbles(I32 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+HAV_INLINE I32 high_nibbles(I32 a) {
+  return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
+}
+
 }  // namespace hav::HAV_ISA

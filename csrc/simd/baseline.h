@@ -1,6 +1,10 @@
 // Any processor: 4 lanes in the compiler's own vector types, SSE2 on x86-64.
 #pragma once
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace hav::HAV_ISA {
 
 constexpr int kNumRegisters = 16;
@@ -73,5 +77,70 @@ HAV_INLINE I32 round_to_i32(F32 a) {
 }
 // 2^a for integers a from -126 to 127.
 HAV_INLINE F32 two_to_the(I32 a) { return {reinterpret_cast<float4>((a.v + 127) << 23)}; }
+
+// bfloat16, rounded to nearest even.
+HAV_INLINE uint16_t to_bf16_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  if (x != x) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+HAV_INLINE void store_bf16_up_to(uint16_t* p, F32 a, int64_t count) {
+  float lanes[4];
+  store(lanes, a);
+  for (int i = 0; i < 4 && i < count; ++i) p[i] = to_bf16_bits(lanes[i]);
+}
+HAV_INLINE void store_s8_up_to(int8_t* p, I32 a, int64_t count) {
+  int32_t lanes[4];
+  store_i32(lanes, a);
+  for (int i = 0; i < 4 && i < count; ++i) p[i] = static_cast<int8_t>(lanes[i]);
+}
+
+HAV_INLINE F32 load_bf16(const uint16_t* p) {
+  const int4 bits = {p[0] << 16, p[1] << 16, p[2] << 16, p[3] << 16};
+  return {reinterpret_cast<float4>(bits)};
+}
+
+HAV_INLINE I32 load_words(const uint32_t* p) {
+  I32 a;
+  __builtin_memcpy(&a.v, p, sizeof a.v);
+  return a;
+}
+HAV_INLINE I32 splat_word(const uint32_t* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, sizeof word);
+  return splat_i32(word);
+}
+HAV_INLINE F32 even_bf16(I32 a) { return {reinterpret_cast<float4>(a.v << 16)}; }
+HAV_INLINE F32 odd_bf16(I32 a) {
+  return {reinterpret_cast<float4>(a.v & static_cast<int32_t>(0xffff0000u))};
+}
+HAV_INLINE F32 dot2_bf16(F32 sum, I32 weights, I32 inputs) {
+  return fma(odd_bf16(weights), odd_bf16(inputs), fma(even_bf16(weights), even_bf16(inputs), sum));
+}
+constexpr int kInt8InputOffset = 0;
+// Sum over the two 16-bit halves of each lane.
+HAV_INLINE I32 dot2_s16(I32 a, I32 b) {
+#if defined(__SSE2__)
+  return {reinterpret_cast<int4>(
+      _mm_madd_epi16(reinterpret_cast<__m128i>(a.v), reinterpret_cast<__m128i>(b.v)))};
+#else
+  return {((a.v << 16) >> 16) * ((b.v << 16) >> 16) + (a.v >> 16) * (b.v >> 16)};
+#endif
+}
+typedef int16_t short8 __attribute__((vector_size(16)));
+HAV_INLINE I32 even_bytes(I32 a) {
+  return {reinterpret_cast<int4>((reinterpret_cast<short8>(a.v) << 8) >> 8)};
+}
+HAV_INLINE I32 odd_bytes(I32 a) {
+  return {reinterpret_cast<int4>(reinterpret_cast<short8>(a.v) >> 8)};
+}
+HAV_INLINE I32 dot4_s8(I32 sum, I32 weights, I32 inputs) {
+  return sum + dot2_s16(even_bytes(weights), even_bytes(inputs)) +
+         dot2_s16(odd_bytes(weights), odd_bytes(inputs));
+}
+HAV_INLINE I32 dot4_u4(I32 sum, I32 weights, I32 inputs) { return dot4_s8(sum, weights, inputs); }
+HAV_INLINE I32 low_nibbles(I32 a) { return {a.v & 0x0f0f0f0f}; }
+HAV_INLINE I32 high_nibbles(I32 a) { return {(a.v >> 4) & 0x0f0f0f0f}; }
 
 }  // namespace hav::HAV_ISA

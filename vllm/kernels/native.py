@@ -53,6 +53,19 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         None,
         (c_void_p, c_void_p, c_int64, c_void_p, c_float, c_void_p, c_int64, c_int64, c_int64),
     ),
+    "hav_linear_create": (
+        c_void_p,
+        (c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32),
+    ),
+    "hav_linear_destroy": (None, (c_void_p,)),
+    "hav_linear_num_bytes": (c_int64, (c_void_p,)),
+    "hav_linear_apply": (
+        c_int32,
+        (
+            *(c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_float),
+            *(c_void_p, c_int64, c_int32),
+        ),
+    ),
     "hav_silu_mul": (
         None,
         (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64),

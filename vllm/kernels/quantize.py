@@ -1,0 +1,101 @@
+"""Weight matrices in few bits, and what a product with them is, in plain torch.
+
+    int8   one float32 scale per output; weight = integer * scale, integers -127 .. 127
+    int4   one bfloat16 scale per output and group of 32 inputs, integers -8 .. 7; two to a byte,
+           the even input in the low half, plus 8
+
+Inputs of a product become int8 with one scale per row. Knows no layer and no file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["INT4_GROUP_SIZE", "QuantizedWeight", "WeightFormat", "quantize", "quantized_linear"]
+
+INT4_GROUP_SIZE = 32  # inputs that share a scale
+_SMALLEST_SCALE = 2.0**-100  # so that a row of zeros divides by something
+
+
+class WeightFormat(StrEnum):
+    """How a matrix is held; the order is that of the native library."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A matrix [num_outputs, num_inputs] of int8 or int4."""
+
+    format: WeightFormat
+    values: Tensor  # int8 [num_outputs, num_inputs] or uint8 [num_outputs, num_inputs / 2]
+    scales: Tensor  # float32 [num_outputs] or bfloat16 [num_outputs, num_inputs / 32]
+
+    def __post_init__(self) -> None:
+        assert self.format in (WeightFormat.INT8, WeightFormat.INT4)
+        assert self.values.dim() == 2
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        rows, columns = self.values.shape
+        return rows, columns * (2 if self.format is WeightFormat.INT4 else 1)
+
+    def dequantize(self) -> Tensor:
+        """The matrix that products are made with: float32 [num_outputs, num_inputs]."""
+        if self.format is WeightFormat.INT8:
+            return self.values.float() * self.scales[:, None]
+        grouped = _unpack_nibbles(self.values).float().unflatten(1, (-1, INT4_GROUP_SIZE))
+        return (grouped * self.scales.float()[:, :, None]).flatten(1)
+
+
+def quantize(weight: Tensor, weight_format: WeightFormat) -> QuantizedWeight:
+    """``weight`` [num_outputs, num_inputs], of any floating type, rounded to int8 or int4.
+
+    Inputs of int4 must be a multiple of 32; ``ValueError`` otherwise.
+    """
+    weight = weight.float()
+    if weight_format is WeightFormat.INT8:
+        scales = (weight.abs().amax(1) / 127).clamp_(min=_SMALLEST_SCALE)
+        values = (weight / scales[:, None]).round_().to(torch.int8)
+        return QuantizedWeight(weight_format, values, scales)
+    if weight.shape[1] % INT4_GROUP_SIZE:
+        raise ValueError(f"int4 needs inputs in groups of {INT4_GROUP_SIZE}, not {weight.shape[1]}")
+    grouped = weight.unflatten(1, (-1, INT4_GROUP_SIZE))
+    scales = _int4_scales(grouped)
+    values = (grouped / scales.float()[:, :, None]).round_().clamp_(-8, 7).to(torch.int8)
+    return QuantizedWeight(weight_format, _pack_nibbles(values.flatten(1)), scales)
+
+
+def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """``x`` [N, K] times the transpose of ``weight`` [M, K]: float32 [N, M].
+
+    The definition of correct for the native product, and what computes where there is none.
+    """
+    scales = (x.float().abs().amax(1, keepdim=True) / 127).clamp_(min=_SMALLEST_SCALE)
+    rounded = (x.float() / scales).round_()
+    return F.linear(rounded, weight.dequantize()).mul_(scales)
+
+
+def _int4_scales(grouped: Tensor) -> Tensor:
+    """Scales [M, groups] of groups [M, groups, 32]: the number of largest magnitude becomes -8."""
+    largest = grouped.gather(2, grouped.abs().argmax(2, keepdim=True)).squeeze(2)
+    scales = (largest / -8).to(torch.bfloat16)
+    return torch.where(scales == 0, torch.full_like(scales, _SMALLEST_SCALE), scales)
+
+
+def _pack_nibbles(values: Tensor) -> Tensor:
+    low, high = (values + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+    return low | high << 4
+
+
+def _unpack_nibbles(packed: Tensor) -> Tensor:
+    return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1).to(torch.int8) - 8
