@@ -58,6 +58,26 @@ def test_a_prompt_without_room_for_audio_is_refused(make_driver: Callable[..., A
         driver.speak(SpeechPrompt(text="x" * 200), SamplingParams())
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"text": "x" * 200}, "input"),
+        ({"text": "Hi.", "instructions": "slowly " * 40}, "instructions"),
+        ({"text": "Hi.", "system_prompt": "slowly " * 40}, "system_prompt"),
+        ({"text": "Hi.", "system_prompt": "slowly " * 40, "instructions": "x"}, "system_prompt"),
+        ({"text": "Hi.", "ref_audio": np.zeros(24_000 * 8), "ref_text": "a"}, "ref_audio"),
+        ({"text": "Hi.", "ref_audio": np.zeros(960), "ref_text": "slowly " * 40}, "ref_audio"),
+    ],
+)
+def test_a_prompt_that_is_too_long_names_its_longest_field(
+    make_driver: Callable[..., Any], fields: dict[str, Any], param: str
+) -> None:
+    driver = make_driver(max_model_len=64)
+    with pytest.raises(PromptTooLongError, match=f"^{param} is too long") as caught:
+        driver.speak(SpeechPrompt(**fields), SamplingParams())
+    assert caught.value.param == param
+
+
 def test_text_length_guard(make_driver: Callable[..., Any]) -> None:
     items = make_driver().speak(SpeechPrompt(text="Hi."), SamplingParams(seed=1))
     assert items[-1].finish_reason is FinishReason.TEXT_LENGTH

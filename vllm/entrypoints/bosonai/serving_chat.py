@@ -64,6 +64,9 @@ logger = get_logger(__name__)
 # field of the speech route -> where a chat has it
 _CHAT_FIELDS = {
     "input": "messages",
+    "instructions": "messages",
+    "system_prompt": "messages",
+    "history": "messages",
     "ref_audio": "messages",
     "voice": "audio.voice",
     "voices": "audio.voices",

@@ -10,6 +10,7 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -176,9 +177,30 @@ class Processor:
                 text,
                 self._build_call(prompt, voice, speakers, text),
                 frames_of(speech_limit_seconds(text), self._info) if has_guard else None,
+                partial(self._longest_field, prompt, _voices_of(voice, speakers), text),
             )
             for text in self._split(prompt, voice)
         ]
+
+    def _longest_field(self, prompt: SpeechPrompt, voices: Sequence[Voice], text: str) -> str:
+        """Which field of a request takes up most of the prompt that speaks ``text``."""
+        count = self._builder.count_tokens
+        is_described = prompt.system_prompt is None  # instructions are unused beside it
+        turns = [SpokenTurn(each.transcript or "", each.clip) for each in voices if each.clip]
+        scenes = [each.system_prompt or each.scene or "" for each in voices if is_described]
+        lengths = {
+            "input": count(text),
+            "instructions": count(prompt.instructions or "") if is_described else 0,
+            "system_prompt": count(prompt.system_prompt or ""),
+            "voice" if prompt.ref_audio is None else "ref_audio": (
+                sum(map(count, scenes)) + self._num_positions(turns)
+            ),
+            "history": self._num_positions(prompt.history),
+        }
+        return max(lengths, key=lengths.__getitem__)
+
+    def _num_positions(self, turns: Sequence[SpokenTurn]) -> int:
+        return sum(self._builder.count_tokens(turn.text) + turn.clip.num_frames for turn in turns)
 
     def _split(self, prompt: SpeechPrompt, voice: Voice) -> list[str]:
         """Pieces of the text that hold something to speak; of one that holds nothing, itself."""
@@ -211,7 +233,7 @@ class Processor:
     def _raw_part(self, prompt: SpeechPrompt) -> Part:
         assert prompt.prompt_token_ids is not None
         built = self._builder.from_token_ids(prompt.prompt_token_ids, prompt.prompt_codes)
-        return Part("", lambda _history: built)
+        return Part("", lambda _history: built, longest_field=lambda: "prompt_token_ids")
 
     def _guards(self, params: SamplingParams) -> Guards:
         audio = self._config.audio

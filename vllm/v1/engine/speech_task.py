@@ -43,12 +43,14 @@ class Part:
     """A piece of the text.
 
     ``build`` makes its prompt from the turns that were spoken before; ``max_frames`` is the most
-    audio that its text can need, None for no limit.
+    audio that its text can need, None for no limit; ``longest_field`` tells which field of the
+    request takes up most of the prompt, when that is too long.
     """
 
     text: str
     build: Callable[[Sequence[SpokenTurn]], BuiltPrompt]
     max_frames: int | None = None
+    longest_field: Callable[[], str] = lambda: "input"
 
 
 class SpeechTask:
@@ -229,10 +231,11 @@ class SpeechTask:
         num_codebooks = self._info.num_codebooks
         room = self._info.max_model_len - prompt.num_positions
         if room <= num_codebooks:
+            field = part.longest_field()
             raise PromptTooLongError(
-                f"the prompt has {prompt.num_positions} positions and the context "
-                f"{self._info.max_model_len}; audio needs at least {num_codebooks + 1} more",
-                param="input",
+                f"{field} is too long: the prompt has {prompt.num_positions} positions and the "
+                f"context {self._info.max_model_len}; audio needs at least {num_codebooks + 1} more",
+                param=field,
             )
         limits = [(room, FinishReason.LENGTH)]
         tokens_left, frames_left = self._tokens_left(), self._audio_frames_left()
