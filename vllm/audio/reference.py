@@ -38,6 +38,10 @@ _CONTAINERS = (
 _PCM_TAG, _FLOAT_TAG, _EXTENSIBLE_TAG = 1, 3, 0xFFFE
 
 
+class _UnusableClipError(Exception):
+    """Why a clip cannot be used; what it is called is added at the edge of this module."""
+
+
 def decode_clip(
     data: bytes,
     *,
@@ -45,6 +49,7 @@ def decode_clip(
     max_seconds: float = 30.0,
     max_bytes: int = _MAX_BYTES,
     pad_to: int = 1,
+    param: str = _PARAM,
 ) -> NDArray[np.float32]:
     """Decode one clip to mono at ``sample_rate`` Hz.
 
@@ -55,27 +60,39 @@ def decode_clip(
         max_seconds: longer clips are refused; decoding stops there.
         max_bytes: larger files are refused unread.
         pad_to: zeros are added at the end up to a multiple of this many samples.
+        param: the field or file that is blamed.
 
     Returns:
         float32 [num_samples], a multiple of ``pad_to``, at least 1.
 
     Raises:
-        InvalidRequestError: empty, too large, too long, or not audio (field ``ref_audio``).
+        InvalidRequestError: empty, too large, too long, or not audio.
     """
+    try:
+        samples, rate = _decode_checked(data, max_seconds, max_bytes)
+    except _UnusableClipError as error:
+        raise InvalidRequestError(f"{param} {error}", param=param) from None
+    return pad_to_multiple(resample(samples, rate, sample_rate), pad_to)
+
+
+def _decode_checked(
+    data: bytes, max_seconds: float, max_bytes: int
+) -> tuple[NDArray[np.float32], int]:
+    """Mono samples of a clip that is neither empty nor too much, and their rate."""
     if not data:
-        raise _refusal("is empty; send a whole audio file")
+        raise _UnusableClipError("is empty; send a whole audio file")
     if len(data) > max_bytes:
-        raise _refusal(f"has {len(data)} bytes; at most {max_bytes} are allowed")
+        raise _UnusableClipError(f"has {len(data)} bytes; at most {max_bytes} are allowed")
     samples, rate = _decode(data, max_seconds)
     if not len(samples):
-        raise _refusal("holds no audio samples")
+        raise _UnusableClipError("holds no audio samples")
     if not _MIN_RATE_HZ <= rate <= _MAX_RATE_HZ:
-        raise _refusal(f"has {rate} Hz; allowed are {_MIN_RATE_HZ} to {_MAX_RATE_HZ} Hz")
+        raise _UnusableClipError(f"has {rate} Hz; allowed are {_MIN_RATE_HZ} to {_MAX_RATE_HZ} Hz")
     if len(samples) > max_seconds * rate:
         raise _too_long(max_seconds)
     if not np.isfinite(samples).all():
-        raise _refusal("holds samples that are not finite numbers")
-    return pad_to_multiple(resample(samples, rate, sample_rate), pad_to)
+        raise _UnusableClipError("holds samples that are not finite numbers")
+    return samples, rate
 
 
 def pad_to_multiple(samples: NDArray[np.float32], multiple: int) -> NDArray[np.float32]:
@@ -110,7 +127,7 @@ def parse_data_url(text: str, *, param: str = _PARAM) -> bytes:
     return data
 
 
-def read_wav(source: str | Path | bytes) -> tuple[NDArray[np.float32], int]:
+def read_wav(source: str | Path | bytes, *, param: str = _PARAM) -> tuple[NDArray[np.float32], int]:
     """Read a wav file without any library: 8, 16, 24, 32-bit integer or 32-bit float.
 
     Chunks may come in any order and unknown ones are passed over; a data chunk that is cut off
@@ -120,15 +137,22 @@ def read_wav(source: str | Path | bytes) -> tuple[NDArray[np.float32], int]:
         float32 [num_samples] in [-1, 1], and the rate in Hz.
 
     Raises:
-        InvalidRequestError: not such a file (field ``ref_audio``).
+        InvalidRequestError: not such a file; ``param`` is the field or file that is blamed.
         OSError: the path cannot be read.
     """
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    try:
+        return _parse_wav(data)
+    except _UnusableClipError as error:
+        raise InvalidRequestError(f"{param} {error}", param=param) from None
+
+
+def _parse_wav(data: bytes) -> tuple[NDArray[np.float32], int]:
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        raise _refusal("is not a wav file (no RIFF/WAVE header)")
+        raise _UnusableClipError("is not a wav file (no RIFF/WAVE header)")
     chunks = dict(_riff_chunks(data))
     if b"fmt " not in chunks or b"data" not in chunks:
-        raise _refusal("is a wav file without a 'fmt ' or 'data' chunk")
+        raise _UnusableClipError("is a wav file without a 'fmt ' or 'data' chunk")
     tag, channels, rate, bits = _parse_wav_format(chunks[b"fmt "])
     frame_bytes = channels * bits // 8
     body = chunks[b"data"]
@@ -148,13 +172,15 @@ def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
 def _parse_wav_format(chunk: memoryview) -> tuple[int, int, int, int]:
     """Format tag, channels, rate in Hz and bits per sample of a ``fmt `` chunk."""
     if len(chunk) < 16:
-        raise _refusal(f"is a wav file with a 'fmt ' chunk of {len(chunk)} bytes; 16 are needed")
+        raise _UnusableClipError(
+            f"is a wav file with a 'fmt ' chunk of {len(chunk)} bytes; 16 are needed"
+        )
     tag, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", chunk)
     if tag == _EXTENSIBLE_TAG and len(chunk) >= 26:
         (tag,) = struct.unpack_from("<H", chunk, 24)  # first field of the sub-format's GUID
     allowed = {_PCM_TAG: (8, 16, 24, 32), _FLOAT_TAG: (32,)}.get(tag, ())
     if bits not in allowed or not channels or not rate:
-        raise _refusal(
+        raise _UnusableClipError(
             f"is a wav file of format tag {tag}, {bits} bits, {channels} channels, {rate} Hz;"
             " read without PyAV are 8, 16, 24, 32-bit integer and 32-bit float"
         )
@@ -181,8 +207,8 @@ def _decode(data: bytes, max_seconds: float) -> tuple[NDArray[np.float32], int]:
     """Mono samples and their rate, by numpy where it is a plain wav, else by PyAV."""
     if data[:4] == b"RIFF":
         try:
-            return read_wav(data)
-        except InvalidRequestError:
+            return _parse_wav(data)
+        except _UnusableClipError:
             pass  # a compressed or damaged wav: PyAV may know it
     return _decode_with_av(data, max_seconds)
 
@@ -191,7 +217,7 @@ def _decode_with_av(data: bytes, max_seconds: float) -> tuple[NDArray[np.float32
     try:
         import av
     except ImportError:
-        raise _refusal(
+        raise _UnusableClipError(
             "is not a plain wav file, and other formats need PyAV (pip install av)"
         ) from None
 
@@ -200,9 +226,7 @@ def _decode_with_av(data: bytes, max_seconds: float) -> tuple[NDArray[np.float32
         with av.open(io.BytesIO(data), "r", container_options=options) as container:
             return _decode_container(container, max_seconds)
     except (av.FFmpegError, ValueError) as error:
-        if isinstance(error, InvalidRequestError):
-            raise
-        raise _refusal(f"cannot be decoded as audio ({error})") from None
+        raise _UnusableClipError(f"cannot be decoded as audio ({error})") from None
 
 
 def _decode_container(
@@ -211,7 +235,7 @@ def _decode_container(
     import av
 
     if not container.streams.audio:
-        raise _refusal("holds no audio stream")
+        raise _UnusableClipError("holds no audio stream")
     stream = container.streams.audio[0]
     to_float = av.AudioResampler(format="fltp")
     parts: list[NDArray[np.float32]] = []
@@ -230,13 +254,9 @@ def _decode_container(
             planes = [out.to_ndarray() for out in to_float.resample(frame)]  # [channels, n]
             parts += [downmix(np.asarray(plane.T, np.float32)) for plane in planes]
     if num_broken > len(parts):
-        raise _refusal("is damaged, or not audio")
+        raise _UnusableClipError("is damaged, or not audio")
     return (np.concatenate(parts) if parts else np.zeros(0, np.float32)), rate
 
 
-def _too_long(max_seconds: float) -> InvalidRequestError:
-    return _refusal(f"is longer than {max_seconds:g} seconds, the most that is allowed")
-
-
-def _refusal(reason: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{_PARAM} {reason}", param=_PARAM)
+def _too_long(max_seconds: float) -> _UnusableClipError:
+    return _UnusableClipError(f"is longer than {max_seconds:g} seconds, the most that is allowed")

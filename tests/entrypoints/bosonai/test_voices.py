@@ -142,6 +142,22 @@ def test_unreadable_presets_are_told_with_their_flag(tmp_path):
         VoiceLibrary.without_engine(folder)
 
 
+def test_a_preset_that_is_no_audio_is_told_by_voice_and_file(tmp_path):
+    path = tmp_path / "cover.png"
+    for data, reason in ((b"\x89PNG no audio", "cannot be decoded as audio"), (b"", "is empty")):
+        folder = write_presets(tmp_path, {"a": CLIP | {"audio_file": path.name}})
+        path.write_bytes(data)
+        with pytest.raises(ConfigError, match=f"voice 'a': {path} {reason}") as caught:
+            make_library(folder)
+        assert "ref_audio" not in str(caught.value)
+
+
+def test_null_in_a_preset_means_that_the_key_is_not_there(tmp_path):
+    entry = CLIP | dict.fromkeys(("system_prompt", "scene", "language", "name", "default"))
+    voice = make_library(write_presets(tmp_path, {"a": entry})).resolve("a")
+    assert (voice.system_prompt, voice.scene, voice.language, voice.name) == (None, None, "en", "A")
+
+
 def test_the_server_checks_voices_before_it_makes_an_engine(monkeypatch):
     monkeypatch.setattr(api_server, "AsyncLLM", lambda *_: pytest.fail("an engine was made"))
     with pytest.raises(ConfigError, match=r"--default-voice bob: there is no such preset"):
@@ -186,7 +202,7 @@ def test_clip_may_be_of_any_format(tmp_path):
         ({"transcript": "Hello."}, "go together"),
         ({"name": "A"}, "says nothing of its sound"),
         (CLIP | {"audio_file": "gone.wav"}, "cannot read"),
-        (CLIP | {"audio_file": "config.json"}, "config.json: ref_audio cannot be decoded"),
+        (CLIP | {"audio_file": "config.json"}, "config.json cannot be decoded"),
         ({"scene": "A cave.", "codes_file": "x"}, "codes_file needs"),
         ("text", "must be an object"),
     ],

@@ -434,16 +434,13 @@ def _voice_object(voice: StoredVoice) -> dict[str, Any]:
 def _decode(clip: str | bytes, param: str, sample_rate: int) -> NDArray[np.float32]:
     """Samples [num_samples] of a clip of allowed size, length and format."""
     data = parse_data_url(clip, param=param) if isinstance(clip, str) else clip
-    try:
-        samples = decode_clip(
-            data,
-            sample_rate=sample_rate,
-            max_seconds=_MAX_SECONDS,
-            max_bytes=_MAX_SAMPLE_BYTES,
-        )
-    except InvalidRequestError as error:
-        message = str(error).replace("ref_audio", param, 1)
-        raise InvalidRequestError(message, param=param) from error
+    samples = decode_clip(
+        data,
+        sample_rate=sample_rate,
+        max_seconds=_MAX_SECONDS,
+        max_bytes=_MAX_SAMPLE_BYTES,
+        param=param,
+    )
     if len(samples) < _MIN_SECONDS * sample_rate:
         raise InvalidRequestError(
             f"{param} lasts {len(samples) / sample_rate:.2f} s; at least {_MIN_SECONDS} s are needed",

@@ -388,8 +388,10 @@ class VoiceLibrary:
         path = self._folder / entry["audio_file"]
         try:
             samples, rate = self._read_audio(path)
-        except (OSError, InvalidRequestError) as error:
+        except OSError as error:
             raise ConfigError(f"voice {voice_id!r}: cannot read {path}: {error}") from error
+        except InvalidRequestError as error:
+            raise ConfigError(f"voice {voice_id!r}: {error}") from error
         if not len(samples):
             raise ConfigError(f"voice {voice_id!r}: {path} holds no audio samples")
         duration_s = len(samples) / rate
@@ -402,8 +404,9 @@ class VoiceLibrary:
         """Mono samples and their rate; wav files need no library, others PyAV."""
         data = path.read_bytes()
         if data[:4] == b"RIFF":
-            return read_wav(data)
-        return decode_clip(data, sample_rate=self._sample_rate), self._sample_rate
+            return read_wav(data, param=str(path))
+        samples = decode_clip(data, sample_rate=self._sample_rate, param=str(path))
+        return samples, self._sample_rate
 
     def _read_codes(self, voice_id: str, entry: dict[str, Any]) -> NDArray[np.int16] | None:
         """Codes int16 [num_codebooks, num_frames] shipped for this codec, if there are any."""
@@ -483,12 +486,18 @@ def _read_entries(path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"voice presets: {path} names no voice")
     for voice_id, entry in entries.items():
         _check_entry(voice_id, entry)
-    return entries
+    return {voice_id: _without_nulls(entry) for voice_id, entry in entries.items()}
+
+
+def _without_nulls(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry without the keys that are null, which is as if they were not there."""
+    return {key: value for key, value in entry.items() if value is not None}
 
 
 def _check_entry(voice_id: str, entry: object) -> None:
     if not isinstance(entry, dict):
         raise ConfigError(f"voice {voice_id!r} must be an object, not {entry!r}")
+    entry = _without_nulls(entry)
     for key, value in entry.items():
         if key not in _KEY_TYPES:
             raise ConfigError(
