@@ -36,7 +36,7 @@ def test_every_field_has_a_flag() -> None:
         hints = get_type_hints(part)
         for item in dataclasses.fields(part):
             value = values.get(hints[item.name])
-            if value is None or item.name in {"block_size", "ssl_cert_reqs"}:
+            if value is None or item.name in {"block_size", "ssl_cert_reqs", "response_cache"}:
                 continue
             parse_serve_args(["--api-key", "k", f"--{item.name.replace('_', '-')}", *value])
             checked += 1
@@ -247,3 +247,31 @@ def test_parallel_sizes_of_one_have_no_effect(flag: str) -> None:
     assert parse_serve_args([flag, "1"]).ignored_flags == (flag,)
     with pytest.raises(SystemExit):
         parse_serve_args([flag, "2"])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", 0),
+        ("2000000", 2_000_000),
+        ("64M", 64 * 2**20),
+        ("64MiB", 64 * 2**20),
+        ("1.5g", 3 * 2**29),
+    ],
+)
+def test_sizes_may_have_units(text: str, expected: int) -> None:
+    assert parse_serve_args(["--response-cache", text]).server.response_cache == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("much", "is no number of bytes"),
+        ("-1", "is no number of bytes"),
+        ("100", "0, or at least 1M"),
+    ],
+)
+def test_a_wrong_size_is_refused(text: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_serve_args(["--response-cache", text])
+    assert words in capsys.readouterr().err

@@ -316,6 +316,23 @@ def test_the_http_process_is_light(server: RealServer) -> None:
     assert psutil.Process(server.process.pid).memory_info().rss < 200 * 2**20
 
 
+def test_a_reply_from_memory_is_the_reply_that_was_made(
+    server: RealServer, start_real: Callable[..., RealServer]
+) -> None:
+    caching = start_real("--response-cache", "4M").wait_ready()
+    for fields in (
+        {"response_format": "mp3", "voice": "en_man"},
+        {"response_format": "wav", "stream": False, "speed": 1.3},
+    ):
+        body = {**REQUEST, "max_tokens": 30, **fields}
+        made, hit = (caching.client.post("/v1/audio/speech", json=body) for _ in range(2))
+        assert [reply.headers["x-cache"] for reply in (made, hit)] == ["miss", "hit"]
+        fresh = server.client.post("/v1/audio/speech", json=body)
+        assert "x-cache" not in fresh.headers
+        assert hit.content == made.content == fresh.content
+        assert len(hit.content) > 1000
+
+
 def test_the_engines_death_ends_streams_and_server(start_real: Callable[..., RealServer]) -> None:
     server = start_real().wait_ready()
     body = {"input": "a long text " * 20, "seed": 1, "response_format": "pcm"}

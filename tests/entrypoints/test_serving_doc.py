@@ -18,6 +18,7 @@ from vllm.entrypoints.bosonai.admission import QUEUE_HEADERS
 from vllm.entrypoints.bosonai.api_server import build_app
 from vllm.entrypoints.bosonai.engine_host import EngineHost
 from vllm.entrypoints.bosonai.proxy_routes import PROXY_HEADERS, GenerateRequest
+from vllm.entrypoints.bosonai.response_cache import CACHE_HEADERS
 from vllm.entrypoints.bosonai.serving_voices import (
     AddPromptRequest,
     RemovePromptRequest,
@@ -35,7 +36,7 @@ from vllm.entrypoints.openai.chat_protocol import ChatCompletionRequest
 from vllm.entrypoints.server_config import ServerConfig
 from vllm.outputs import FinishReason
 from vllm.v1.engine.messages import EngineStats, SchedulerStats
-from vllm.v1.metrics import SpeechMetrics
+from vllm.v1.metrics import CacheStats, SpeechMetrics
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_formats(code_spans: set[str]) -> None:
 
 
 def test_headers(code_spans: set[str]) -> None:
-    named = {*START_HEADERS, *END_HEADERS, *QUEUE_HEADERS, *PROXY_HEADERS}
+    named = {*START_HEADERS, *END_HEADERS, *QUEUE_HEADERS, *PROXY_HEADERS, *CACHE_HEADERS}
     assert {*named, "X-Request-Id", "X-Request-Timeout", "Retry-After"} <= code_spans
 
 
@@ -103,7 +104,7 @@ def test_statuses(repo_root: Path, status: int) -> None:
 
 def test_metrics(code_spans: set[str]) -> None:
     page = (
-        SpeechMetrics("m", lambda: EngineStats(SchedulerStats(step_token_counts=(1,))))
+        SpeechMetrics("m", lambda: EngineStats(SchedulerStats(step_token_counts=(1,))), CacheStats)
         .render()
         .decode()
     )

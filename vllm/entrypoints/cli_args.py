@@ -308,6 +308,8 @@ def _argument_form(hint: Any, metadata: dict[str, Any]) -> dict[str, Any]:
         return {"choices": get_args(hint), "type": lambda text: aliases.get(text, text)}
     if metadata.get("thousands"):
         return {"type": _count}
+    if metadata.get("size"):
+        return {"type": _num_bytes, "metavar": "SIZE"}
     return {"type": hint}
 
 
@@ -317,6 +319,15 @@ def _count(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number such as 8192, 8k or 8K")
     return int(match[1]) * {"": 1, "k": 1000, "K": 1024}[match[2]]
+
+
+def _num_bytes(text: str) -> int:
+    """A number of bytes; ``64M``, ``64MB`` and ``64MiB`` are all 64 · 2**20."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGT])(?:i?B)?|B)?", text, re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes such as 64M or 1.5G")
+    exponent = "KMGT".index(match[2].upper()) + 1 if match[2] else 0
+    return int(float(match[1]) * 1024**exponent)
 
 
 def _json_list(text: str) -> list[str]:

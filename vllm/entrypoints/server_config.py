@@ -24,6 +24,7 @@ BUCKET_SCHEME = "s3://"  # begins values of --voice-store
 _BUCKET_URL = re.compile(rf"{BUCKET_SCHEME}[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/[^?#]*)?")
 
 
+_MIN_CACHE_BYTES = 2**20  # a minute of mp3; less keeps nothing worth a cache
 _NOT_NEGATIVE = (
     "request_timeout",
     "shutdown_timeout",
@@ -97,6 +98,11 @@ class ServerConfig:
     )
     max_input_chars: int = _option(100_000, "longest input of a request; 0 is no limit")
     max_body_mib: float = _option(32.0, "largest request body")
+    response_cache: int = _option(
+        0,
+        "bytes of finished replies kept for equal seeded requests, as 64M or 1G; 0 keeps none",
+        size=True,
+    )
     encoder_threads: int = _option(2, "threads that encode and stretch audio")
     allow_ref_audio_urls: bool = _option(False, "fetch http(s) URLs given as ref_audio")
     allow_private_ref_audio_urls: bool = _option(
@@ -132,6 +138,10 @@ class ServerConfig:
         for name in ("max_body_mib", "voice_presets_refresh_interval"):
             value = getattr(self, name)
             _require(0 < value < math.inf, f"{flag_name(name)} {value}: above 0")
+        _require(
+            self.response_cache == 0 or self.response_cache >= _MIN_CACHE_BYTES,
+            f"--response-cache {self.response_cache}: 0, or at least 1M (bytes may end in K, M, G)",
+        )
         _require(all(self.served_model_name), "--served-model-name '': a name must not be empty")
         self._check_keys()
         self._check_paths()

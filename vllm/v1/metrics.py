@@ -7,6 +7,7 @@ reply side and the engine's own figures; measures nothing itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from vllm.v1.engine.messages import STEP_TOKEN_BUCKETS
 if TYPE_CHECKING:
     from vllm.v1.engine.messages import EngineStats, SchedulerStats
 
-__all__ = ["CONTENT_TYPE", "SpeechMetrics"]
+__all__ = ["CONTENT_TYPE", "CacheStats", "SpeechMetrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -66,17 +67,35 @@ _COUNTERS: dict[str, str] = {
 }
 
 
+@dataclass(frozen=True)
+class CacheStats:
+    """The cache of finished replies: counts since the start, and what it holds now."""
+
+    num_queries: int = 0
+    num_hits: int = 0
+    num_replies: int = 0
+    num_bytes: int = 0
+
+
 class SpeechMetrics:
     """Metrics of one server, in a registry of their own.
 
     Args:
         model_name: value of the ``model_name`` label.
         engine_stats: figures of the engine, asked for at each scrape; None while there is none.
+        cache_stats: figures of the cache of finished replies, where there is one.
     """
 
-    def __init__(self, model_name: str, engine_stats: Callable[[], EngineStats | None]) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        engine_stats: Callable[[], EngineStats | None],
+        cache_stats: Callable[[], CacheStats] | None = None,
+    ) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(model_name, engine_stats))
+        if cache_stats is not None:
+            self._registry.register(_CacheCollector(model_name, cache_stats))
         self._histograms = {
             name: Histogram(
                 f"vllm:{name}", text, [_LABEL], registry=self._registry, buckets=buckets
@@ -152,11 +171,41 @@ def _per_token(usage: Usage, stats: SpeechStats) -> float | None:
     return (stats.decode_time_s or stats.processing_time_s) / usage.completion_tokens
 
 
-class _EngineCollector(Collector):
-    """Reads the engine's figures when the page is asked for, so nothing is kept twice."""
+class _Collector(Collector):
+    """Reads figures when the page is asked for, so nothing is kept twice."""
 
-    def __init__(self, model_name: str, engine_stats: Callable[[], EngineStats | None]) -> None:
+    def __init__(self, model_name: str) -> None:
         self._model_name = model_name
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"vllm:{name}", text, labels=[_LABEL])
+        family.add_metric([self._model_name], value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"vllm:{name}", text, labels=[_LABEL])
+        family.add_metric([self._model_name], value)
+        return family
+
+
+class _CacheCollector(_Collector):
+    def __init__(self, model_name: str, cache_stats: Callable[[], CacheStats]) -> None:
+        super().__init__(model_name)
+        self._cache_stats = cache_stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._cache_stats()
+        yield self._counter(
+            "response_cache_queries", "requests looked up among finished replies", stats.num_queries
+        )
+        yield self._counter("response_cache_hits", "requests found there", stats.num_hits)
+        yield self._gauge("response_cache_replies", "replies that are kept", stats.num_replies)
+        yield self._gauge("response_cache_bytes", "bytes that they take", stats.num_bytes)
+
+
+class _EngineCollector(_Collector):
+    def __init__(self, model_name: str, engine_stats: Callable[[], EngineStats | None]) -> None:
+        super().__init__(model_name)
         self._engine_stats = engine_stats
 
     def collect(self) -> Iterator[Metric]:
@@ -192,14 +241,4 @@ class _EngineCollector(Collector):
         family = HistogramMetricFamily(name, text, labels=[_LABEL])
         buckets = list(zip(bounds, counts, strict=False))
         family.add_metric([self._model_name], buckets, stats.num_step_tokens)
-        return family
-
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(f"vllm:{name}", text, labels=[_LABEL])
-        family.add_metric([self._model_name], value)
-        return family
-
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(f"vllm:{name}", text, labels=[_LABEL])
-        family.add_metric([self._model_name], value)
         return family

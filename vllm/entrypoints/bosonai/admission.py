@@ -34,13 +34,14 @@ __all__ = [
 QUEUE_HEADERS = ("X-Queue-Status", "X-Queue-Position")
 _TIMEOUT_HEADER = "X-Request-Timeout"
 _RETRY_AFTER_S = 5.0
+_NO_CACHE = re.compile(r"\bno-(cache|store)\b", re.IGNORECASE)
 
 
 @dataclass(kw_only=True, eq=False)
 class Ticket:
     """One request in the eyes of the door: what its client asked for, and where it stands.
 
-    The first five fields are the client's; the others are set by ``Admission``.
+    The first six fields are the client's; the others are set by ``Admission``.
     """
 
     client_id: str
@@ -48,6 +49,7 @@ class Ticket:
     priority: int = 0  # smaller is sooner
     timeout_s: float | None = None
     engine_id: str = ""
+    uses_cache: bool = True  # of finished replies
 
     request_id: str = ""  # client_id, with a suffix where another live request has it
     arrival: int = 0
@@ -151,6 +153,11 @@ class Admission:
         self.counts.total += 1
         self.counts.peak_concurrent = max(self.counts.peak_concurrent, self.num_open)
 
+    def pass_by(self, ticket: Ticket) -> None:
+        """Tell a request that is answered without the engine how it found the server."""
+        ticket.num_queued = len(self.queued())
+        ticket.num_running = self.num_running + 1
+
     def start(self, ticket: Ticket) -> None:
         """The engine has started this request, whatever was expected."""
         ticket.is_running = True
@@ -214,6 +221,7 @@ def make_ticket(
         owner=owner_of(raw, config),
         priority=priority or 0,
         timeout_s=min(filter(None, limits), default=None),
+        uses_cache=not _NO_CACHE.search(raw.headers.get("cache-control", "")),
     )
 
 

@@ -39,6 +39,7 @@ from vllm.entrypoints.bosonai.middleware import (
 )
 from vllm.entrypoints.bosonai.proxy_routes import PROXY_HEADERS, add_proxy_routes
 from vllm.entrypoints.bosonai.reference_audio import ReferenceAudioLoader
+from vllm.entrypoints.bosonai.response_cache import CACHE_HEADERS, ResponseCache
 from vllm.entrypoints.bosonai.service_routes import add_service_routes
 from vllm.entrypoints.bosonai.serving_audio import ServingAudio
 from vllm.entrypoints.bosonai.serving_chat import ServingChat, add_chat_routes
@@ -83,6 +84,7 @@ _EXPOSED_HEADERS = (
     *PROXY_HEADERS,
     *START_HEADERS,
     *END_HEADERS,
+    *CACHE_HEADERS,
 )
 _NOISE_NOTICE = "random weights: this model makes noise, not speech"
 
@@ -93,7 +95,7 @@ _SPEECH_REPLIES: Replies = {
             **bytes_of(*(audio_format.media_type for audio_format in FORMATS.values())),
             **events_of("speech.audio.delta", "speech.audio.done", "speech.audio.error"),
         },
-        "headers": header_docs((*START_HEADERS, *QUEUE_HEADERS), END_HEADERS),
+        "headers": header_docs((*START_HEADERS, *QUEUE_HEADERS), (*END_HEADERS, *CACHE_HEADERS)),
     },
     **error_replies(400, 404, 499, 500, 503),
 }
@@ -132,16 +134,19 @@ def build_app(args: ServeArgs, host: EngineHost) -> FastAPI:
     install_error_handlers(app)
     _add_middleware(app, args)
     _add_version_route(app)
+    size = args.server.response_cache
+    cache = ResponseCache(size) if size else None
     metrics = SpeechMetrics(
         args.model_names[0],
         lambda: host.engine.engine_stats() if host.state is HostState.READY else None,
+        cache.stats if cache is not None else None,
     )
     _add_metrics_route(app, metrics)
     _add_model_routes(app, args, host)
     loader = ReferenceAudioLoader(args.server, clips)
     synthesizer = Synthesizer(args.server, host, metrics)
     add_service_routes(app, args, host, synthesizer)
-    speech = ServingAudio(args, synthesizer, encoders, loader)
+    speech = ServingAudio(args, synthesizer, encoders, loader, cache)
     _add_audio_routes(app, speech)
     add_voice_routes(app, host, clips)
     add_proxy_routes(app, args.server, speech, synthesizer)

@@ -19,7 +19,8 @@ from vllm.audio import lookup
 from vllm.entrypoints.bosonai.admission import Ticket, make_ticket
 from vllm.entrypoints.bosonai.middleware import unless_client_leaves
 from vllm.entrypoints.bosonai.reference_audio import ReferenceAudioLoader
-from vllm.entrypoints.bosonai.speech_reply import SpeechReply, StreamedReply
+from vllm.entrypoints.bosonai.response_cache import ReplyKeys, ResponseCache
+from vllm.entrypoints.bosonai.speech_reply import Reply, SpeechReply, StreamedReply
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.openai.protocol import AudioSpeechRequest, SamplingOptions
 from vllm.exceptions import InvalidRequestError, ModelNotFoundError
@@ -55,6 +56,7 @@ class ServingAudio:
         synthesizer: runs prompts.
         pool: threads that encode and stretch.
         clips: reads the clips that requests bring along.
+        cache: of finished replies; None makes every reply anew.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class ServingAudio:
         synthesizer: Synthesizer,
         pool: ThreadPoolExecutor,
         clips: ReferenceAudioLoader,
+        cache: ResponseCache | None = None,
     ) -> None:
         self._config = args.server
         self._defaults = args.engine.defaults
@@ -70,6 +73,8 @@ class ServingAudio:
         self._synthesizer = synthesizer
         self._pool = pool
         self._clips = clips
+        self._cache = cache
+        self._keys = ReplyKeys()
 
     async def create_speech(self, body: AudioSpeechRequest, raw: Request) -> Response:
         """The reply to one request.
@@ -102,8 +107,10 @@ class ServingAudio:
 
     async def begin(
         self, body: AudioSpeechRequest, ticket: Ticket, *, player: VirtualPlayer | None = None
-    ) -> SpeechReply:
+    ) -> Reply:
         """The reply to a body, once its first audio exists; ``player`` as in ``Synthesizer``.
+
+        One that was made before and kept is answered at once, however full the server is.
 
         Raises:
             HiggsAudioError: the request is refused, or failed before its first audio.
@@ -111,11 +118,19 @@ class ServingAudio:
         ticket.engine_id = f"audiospeech-{ticket.client_id}-{secrets.token_hex(4)}"
         log_ignored_fields(body, ticket.engine_id)
         self._synthesizer.ready_engine()
-        self._synthesizer.admission.check_room()  # before any work for this request is done
+        may_hit = self._cache is not None and ticket.uses_cache and body.reference_audio is None
+        if not may_hit:
+            self._synthesizer.admission.check_room()  # before any work for this request is done
         prepared = await self.prepare(body)
+        key = await self._key_of(body, prepared, ticket)
+        kept = self._cache.find(key) if self._cache is not None and key is not None else None
+        if kept is not None:
+            self._synthesizer.admission.pass_by(ticket)
+            kept.extra_headers.update(ticket.headers())
+            return kept
         outputs = self._synthesizer.outputs(prepared.prompt, prepared.params, ticket, player=player)
         first = await self._synthesizer.first(outputs)
-        return SpeechReply(
+        reply = SpeechReply(
             first,
             outputs,
             self._pool,
@@ -124,6 +139,27 @@ class ServingAudio:
             speed=body.speed_factor,
             streaming=body.wants_stream,
             extra_headers=ticket.headers(),
+        )
+        if self._cache is None:
+            return reply
+        reply.extra_headers["X-Cache"] = "miss" if key is not None else "bypass"
+        return self._cache.recorded(key, reply) if key is not None else reply
+
+    async def _key_of(
+        self, body: AudioSpeechRequest, prepared: PreparedSpeech, ticket: Ticket
+    ) -> bytes | None:
+        """Key of a reply in the cache; None for one that is neither looked up nor kept."""
+        if self._cache is None or not ticket.uses_cache:
+            return None
+        return await asyncio.to_thread(  # it reads whole clips
+            self._keys.key_of,
+            prepared.prompt,
+            prepared.params,
+            self._synthesizer.ready_engine().info,
+            body.audio_format,
+            body.speed_factor,
+            body.wants_stream,
+            ticket.owner,
         )
 
     async def prepare(self, body: AudioSpeechRequest) -> PreparedSpeech:

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import dataclasses
 import json
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -31,7 +32,9 @@ from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
 __all__ = [
     "END_HEADERS",
     "START_HEADERS",
+    "AudioFacts",
     "Ending",
+    "Reply",
     "SpeechReply",
     "StreamedReply",
     "end_headers",
@@ -95,7 +98,86 @@ class Ending:
     seed: int
 
 
-class SpeechReply:
+@dataclass(frozen=True)
+class AudioFacts:
+    """What is known of a reply before its first byte."""
+
+    format: AudioFormat
+    sample_rate: int
+    voice_id: str
+    seed: int
+
+
+class Reply(ABC):
+    """A reply as a stream, as events or as one file; subclasses say where its bytes come from.
+
+    Args:
+        facts: for the headers.
+        outputs: what the bytes are made of; to be closed when the reply is given up.
+        extra_headers: go beside those of the audio.
+    """
+
+    def __init__(
+        self,
+        facts: AudioFacts,
+        outputs: AsyncGenerator[SpeechOutput],
+        extra_headers: Mapping[str, str],
+    ) -> None:
+        self.facts = facts
+        self.outputs = outputs
+        self.extra_headers = dict(extra_headers)
+
+    @property
+    def format(self) -> AudioFormat:
+        return self.facts.format
+
+    def headers(self) -> dict[str, str]:
+        """Headers known before the first byte."""
+        return {
+            **_STREAM_HEADERS,
+            **self.extra_headers,
+            "X-Seed": str(self.facts.seed),
+            "X-Voice": self.facts.voice_id,
+            "X-Sample-Rate": str(self.facts.sample_rate),
+            "X-Channels": "1",
+            "X-Bit-Depth": "16",
+        }
+
+    @abstractmethod
+    def audio(self) -> AsyncGenerator[bytes]:
+        """Pieces of one valid file, each as soon as it exists."""
+
+    @abstractmethod
+    def ending(self) -> Ending:
+        """How it ended, once ``audio`` is; durations are those of the file, after stretching."""
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """Server-sent events: the pieces of ``audio``, then usage, or an error."""
+        try:
+            async with aclosing(self.audio()) as pieces:
+                async for piece in pieces:
+                    encoded = base64.b64encode(piece).decode("ascii")
+                    yield _event({"type": "speech.audio.delta", "audio": encoded})
+        except HiggsAudioError as error:
+            logger.error("reply ended with an error event: %s", error)
+            body = error_body(error.http_status, str(error), code=error.code)
+            yield _event({"type": "speech.audio.error", "error": body["error"]})
+            return
+        yield _event({"type": "speech.audio.done", **summary(self.ending())})
+
+    async def data(self) -> bytes:
+        """The bytes of the complete file; ``ending`` tells the rest."""
+        async with aclosing(self.outputs), aclosing(self.audio()) as pieces:
+            return b"".join([piece async for piece in pieces])
+
+    async def file(self) -> Response:
+        """The complete file, with its true length, usage and timings."""
+        data = await self.data()
+        headers = {**self.headers(), **end_headers(self.ending())}
+        return Response(data, media_type=self.format.media_type, headers=headers)
+
+
+class SpeechReply(Reply):
     """One reply under way: its first output is there, the others follow.
 
     Args:
@@ -121,29 +203,14 @@ class SpeechReply:
         streaming: bool,
         extra_headers: Mapping[str, str] | None = None,
     ) -> None:
-        self.format = audio_format
-        self.outputs = outputs
+        facts = AudioFacts(audio_format, first.sample_rate, voice_id, first.seed)
+        super().__init__(facts, outputs, extra_headers or {})
         self._first = first
-        self._extra_headers = extra_headers or {}
-        self._voice_id = voice_id
         self._pool = pool
         self._pipe = _AudioPipe(audio_format, first.sample_rate, speed, streaming=streaming)
         self._ending: Ending | None = None
 
-    def headers(self) -> dict[str, str]:
-        """Headers known before the first byte."""
-        return {
-            **_STREAM_HEADERS,
-            **self._extra_headers,
-            "X-Seed": str(self._first.seed),
-            "X-Voice": self._voice_id,
-            "X-Sample-Rate": str(self._first.sample_rate),
-            "X-Channels": "1",
-            "X-Bit-Depth": "16",
-        }
-
     async def audio(self) -> AsyncGenerator[bytes]:
-        """Pieces of one valid file, each as soon as it exists."""
         async for output in self._all_outputs():
             piece = await self._run(self._pipe.push, output.audio)
             if piece:
@@ -155,30 +222,6 @@ class SpeechReply:
         tail = await self._run(self._pipe.finish)
         if tail:
             yield tail
-
-    async def events(self) -> AsyncGenerator[bytes]:
-        """Server-sent events: the pieces of ``audio``, then usage, or an error."""
-        try:
-            async for piece in self.audio():
-                encoded = base64.b64encode(piece).decode("ascii")
-                yield _event({"type": "speech.audio.delta", "audio": encoded})
-        except HiggsAudioError as error:
-            logger.error("reply ended with an error event: %s", error)
-            body = error_body(error.http_status, str(error), code=error.code)
-            yield _event({"type": "speech.audio.error", "error": body["error"]})
-            return
-        yield _event({"type": "speech.audio.done", **summary(self.ending())})
-
-    async def data(self) -> bytes:
-        """The bytes of the complete file; ``ending`` tells the rest."""
-        async with aclosing(self.outputs):
-            return b"".join([piece async for piece in self.audio()])
-
-    async def file(self) -> Response:
-        """The complete file, with its true length, usage and timings."""
-        data = await self.data()
-        headers = {**self.headers(), **end_headers(self.ending())}
-        return Response(data, media_type=self.format.media_type, headers=headers)
 
     async def _all_outputs(self) -> AsyncIterator[SpeechOutput]:
         yield self._first
@@ -194,7 +237,6 @@ class SpeechReply:
         self._ending = Ending(reason, last.usage, last.stats, last.seed)
 
     def ending(self) -> Ending:
-        """How it ended, once ``audio`` is; durations are those of the file, after stretching."""
         assert self._ending is not None, "the audio is complete"
         stats = dataclasses.replace(self._ending.stats, audio_duration_s=self._pipe.duration_s)
         return dataclasses.replace(self._ending, stats=stats)
