@@ -19,7 +19,7 @@ from vllm.exceptions import ConfigError
 from vllm.model_executor.codecs.higgs import HiggsCodec, HiggsCodecConfig
 from vllm.model_executor.codecs.hubert import HubertConfig
 
-__all__ = ["CODEC_SIZES", "make_codec"]
+__all__ = ["CODEC_SIZES", "make_codec", "write_codec"]
 
 Layout = Literal["boson", "transformers"]
 
@@ -64,7 +64,13 @@ def make_codec(
     if layout not in ("boson", "transformers"):
         raise ConfigError(f"codec layout={layout!r} is neither boson nor transformers")
     config = replace(CODEC_SIZES[size], decode_only=decode_only)
-    tensors = _random_tensors(config, seed)
+    write_codec(folder, config, _random_tensors(config, seed), layout=layout)
+
+
+def write_codec(
+    folder: Path, config: HiggsCodecConfig, tensors: dict[str, Tensor], *, layout: Layout
+) -> None:
+    """Write a codec whose tensors have transformers' names, weight norm folded."""
     folder.mkdir(parents=True, exist_ok=True)
     if layout == "boson":
         tensors = dict(pair for item in tensors.items() for pair in _boson_tensors(*item, config))

@@ -22,7 +22,7 @@ from vllm.checkpoints.make_tokenizer import PUBLISHED_FIRST_SPECIAL_ID, make_tok
 from vllm.exceptions import CheckpointError
 from vllm.model_executor.models.higgs_audio import HiggsAudioModel, boson_tensor_name
 
-__all__ = ["SIZES", "make_model", "write_checkpoint"]
+__all__ = ["SIZES", "make_model", "write_checkpoint", "write_configuration"]
 
 SIZES = ("tiny", "medium", "3b")
 
@@ -99,13 +99,20 @@ def make_model(
     folder.mkdir(parents=True, exist_ok=True)
     template = config or _template(size)
     config = _with_tokenizer(folder, replace(template, layout=layout))
-    raw = _boson_config(config) if layout == "boson" else _transformers_config(config)
-    _write_json(folder / "config.json", raw)
-    _write_json(folder / "generation_config.json", _generation_config(config))
-    if layout == "transformers":
-        _write_json(folder / "processor_config.json", _processor_config(config))
+    raw = write_configuration(folder, config)
     _write_weights(folder, config, seed)
     return HiggsAudioConfig.from_dict(raw)
+
+
+def write_configuration(folder: Path, config: HiggsAudioConfig) -> dict[str, Any]:
+    """Write all configuration files of a model in its layout; returns ``config.json``'s content."""
+    is_boson = config.layout == "boson"
+    raw = _boson_config(config) if is_boson else _transformers_config(config)
+    _write_json(folder / "config.json", raw)
+    _write_json(folder / "generation_config.json", _generation_config(config))
+    if not is_boson:
+        _write_json(folder / "processor_config.json", _processor_config(config))
+    return raw
 
 
 def _template(size: str) -> HiggsAudioConfig:

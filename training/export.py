@@ -1,0 +1,126 @@
+"""Writes the trained weights as a checkpoint in Higgs Audio v2's layout, for the ordinary loader.
+
+    python -m training.export --codec DIR --decoder DIR --lm DIR --out DIR
+
+The language model is written in bfloat16, the codec in float16. The codec decodes only: its codes
+come from the teacher's alignment, for which there is no encoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from training.decoder import Decoder
+from training.features import FRAME
+from training.lexicon import load_lexicon
+from training.network import Sizes
+from training.prompt import NUM_TOKENS, TOKEN_ID
+from training.tokenizer import write_tokenizer
+from vllm.checkpoint_config import HiggsAudioConfig
+from vllm.checkpoints.make_codec import CODEC_SIZES, write_codec
+from vllm.checkpoints.make_model import write_configuration
+from vllm.model_executor.codecs.higgs import HiggsCodecConfig, fold_weight_norm
+
+_TEXT_HEAD = "text_lm_head.weight"
+
+
+def export_lm(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a model folder from a network's ``state_dict``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = lm_config(1 + max(int(name.split(".")[2]) for name in tensors if ".layers." in name))
+    write_configuration(folder, config)
+    write_tokenizer(folder, load_lexicon())
+    # Nothing is trained to write text; the layout has the head.
+    tensors = tensors | {_TEXT_HEAD: torch.zeros(config.vocab_size, config.hidden_size)}
+    rounded = {name: each.to(torch.bfloat16) for name, each in tensors.items()}
+    save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lm_config(num_layers: int) -> HiggsAudioConfig:
+    """Configuration of an exported model, by the sizes that training fixes."""
+    sizes = Sizes(NUM_TOKENS, num_hidden_layers=num_layers)
+    return HiggsAudioConfig(
+        layout="transformers",
+        architecture="HiggsAudioV2ForConditionalGeneration",
+        dtype="bfloat16",
+        vocab_size=NUM_TOKENS,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        num_key_value_heads=sizes.num_attention_heads,
+        head_dim=sizes.hidden_size // sizes.num_attention_heads,
+        rms_norm_eps=sizes.rms_norm_eps,
+        rope_theta=sizes.rope_theta,
+        rope_scaling=None,
+        num_codebooks=sizes.num_codebooks,
+        codebook_size=sizes.codebook_size,
+        stream_bos_id=1024,
+        stream_eos_id=1025,
+        audio_token_id=TOKEN_ID["<|AUDIO_OUT|>"],
+        audio_in_token_id=TOKEN_ID["<|AUDIO|>"],
+        audio_delay_token_id=TOKEN_ID["<|reserved_special_token_6|>"],
+        audio_out_bos_token_id=TOKEN_ID["<|audio_out_bos|>"],
+        audio_eos_token_id=TOKEN_ID["<|audio_eos|>"],
+        bos_token_id=TOKEN_ID["<|begin_of_text|>"],
+        eos_token_id=TOKEN_ID["<|eot_id|>"],
+        pad_token_id=TOKEN_ID["<|end_of_text|>"],
+    )
+
+
+def export_codec(folder: Path, codebooks: Tensor, decoder: dict[str, Tensor]) -> None:
+    """Write a codec folder from codebooks [8, 1024, size] and a decoder's ``state_dict``."""
+    config = _codec_config(codebooks.shape[-1], decoder)
+    size, inner = config.acoustic_size, config.quantizer_size
+    tensors = {
+        f"acoustic_decoder.{name}": each.contiguous()
+        for name, each in fold_weight_norm(decoder.items())
+    }
+    # The published quantizer projects to the width of its encoder and back; here that is padding.
+    widen = torch.eye(inner, config.codebook_dim)
+    for index, book in enumerate(codebooks):
+        prefix = f"quantizer.quantizers.{index}"
+        tensors[f"{prefix}.codebook.embed"] = book
+        tensors[f"{prefix}.project_out.weight"] = widen.clone()
+        tensors[f"{prefix}.project_out.bias"] = torch.zeros(inner)
+    tensors["fc2.weight"] = torch.eye(size, inner)
+    tensors["fc2.bias"] = torch.zeros(size)
+    rounded = {name: each.half().contiguous() for name, each in tensors.items()}
+    write_codec(folder, config, rounded, layout="transformers")
+
+
+def _codec_config(size: int, decoder: dict[str, Tensor]) -> HiggsCodecConfig:
+    width = len(decoder["conv1.bias"])
+    config = replace(
+        CODEC_SIZES["tiny"],
+        codebook_dim=size,
+        acoustic_size=size,
+        decoder_size=width,
+        decode_only=True,
+    )
+    expected = set(Decoder(size, width).state_dict())
+    if set(decoder) != expected or config.hop_length != FRAME:
+        raise SystemExit("the decoder's weights are not those of training/decoder.py")
+    return config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--codec", type=Path, required=True, help="folder of make_codes")
+    parser.add_argument("--decoder", type=Path, required=True, help="folder of train_decoder")
+    parser.add_argument("--lm", type=Path, required=True, help="folder of train_lm")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    codebooks = load_file(args.codec / "codebooks.safetensors")["codebooks"]
+    export_codec(args.out / "codec", codebooks, load_file(args.decoder / "decoder.safetensors"))
+    export_lm(args.out / "lm", load_file(args.lm / "lm.safetensors"))
+
+
+if __name__ == "__main__":
+    main()
