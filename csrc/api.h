@@ -196,6 +196,46 @@ HAV_API void hav_sample_frames(hav_pool* pool, const hav_streams* streams,
 HAV_API void hav_uniform(const uint64_t* seeds, const int64_t* steps, int64_t num_rows,
                          int64_t num_codebooks, uint32_t purpose, float* numbers);
 
+// ---- A decode step ----------------------------------------------------------------------------
+
+// One decoder layer: x += output(attention(norm(x))), then x += down(silu(gate) * up of norm(x)).
+typedef struct {
+  const float* input_norm;  // [hidden_size]
+  const float* post_norm;   // [hidden_size]
+  const hav_linear* qkv;    // queries, keys and values side by side
+  const hav_linear* output;
+  const hav_linear* gate_up;  // gated
+  const hav_linear* down;
+  hav_kv_cache cache;
+} hav_decoder_layer;
+
+// A decoder that feeds its own codes back, and where its rows are kept. All matrices were packed
+// for one instruction set, which computes the step.
+typedef struct {
+  int64_t num_layers;
+  const hav_decoder_layer* layers;
+  int64_t hidden_size, num_heads;
+  float norm_eps;
+  const float* embedding;       // [num_codebooks * codebook_size, hidden_size]
+  const float* cos;             // [max_num_positions, head_dim]
+  const float* signed_sin;      // [max_num_positions, head_dim]
+  const float* norm;            // [hidden_size]
+  const hav_linear* head;       // to [num_codebooks * codebook_size]
+  const int64_t* block_tables;  // of persistent rows, stride block_table_stride
+  int64_t block_table_stride;
+  const int64_t* positions;  // [max_num_rows], where the last frame of each row goes
+  hav_streams streams;
+  hav_sampling sampling;
+} hav_decoder;
+
+// Embeds the last frame of each of `rows` [num_rows], writes its keys and values to the cache, and
+// draws the next frame, which becomes the row's last. Positions are left as they are.
+//   frames  [num_rows, num_codebooks]
+//   status  [num_rows], as of hav_sample_frames
+// Returns 0, or -1 when there is no memory for the work; then nothing has changed.
+HAV_API int32_t hav_decode_step(hav_pool* pool, const hav_decoder* decoder, const int64_t* rows,
+                                int64_t num_rows, int16_t* frames, uint8_t* status);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,5 +1,6 @@
 // The table of one instruction set; compiled once for each.
 #include "decode_attention.h"
+#include "decode_step.h"
 #include "embed_codes.h"
 #include "kernels.h"
 #include "rms_norm.h"
@@ -24,6 +25,8 @@ const Kernels kKernels = {
     rope_write_attend,
     sample_frames,
     uniform_numbers,
+    decode_step_workspace_bytes,
+    decode_step,
 };
 
 }  // namespace hav::HAV_ISA

@@ -38,6 +38,9 @@ struct Kernels {
                         uint8_t* status);
   void (*uniform_numbers)(const uint64_t* seeds, const int64_t* steps, int64_t num_rows,
                           int64_t num_codebooks, uint32_t purpose, float* numbers);
+  size_t (*decode_step_workspace_bytes)(const hav_decoder& decoder, int64_t num_rows);
+  void (*decode_step)(ThreadPool* pool, const hav_decoder& decoder, const int64_t* rows,
+                      int64_t num_rows, int16_t* frames, uint8_t* status, void* workspace);
 };
 
 // The table in use; see hav_select_isa.

@@ -86,6 +86,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (*(c_void_p,) * 6, c_int64, c_void_p, c_int64),
     ),
     "hav_sample_frames": (None, (*(c_void_p,) * 4, c_int64, *(c_void_p,) * 3)),
+    "hav_decode_step": (c_int32, (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
     "hav_uniform": (None, (c_void_p, c_void_p, c_int64, c_int64, c_uint32, c_void_p)),
 }
 

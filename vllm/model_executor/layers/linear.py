@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm.kernels.linear import DEFAULT_ROW_QUANTUM, linear, pack_weight
+from vllm.kernels.packed_linear import PackedMatrix
 from vllm.model_executor.layers.layer import Layer
 
 __all__ = ["Linear", "PackedLinear"]
@@ -37,6 +38,11 @@ class Linear(Layer):
     def pack(self) -> None:
         """Bring the loaded weight into the form of its products; nothing is loaded after it."""
         self.weight = nn.Parameter(pack_weight(self.weight), requires_grad=False)
+
+    def native_matrix(self, *, is_gated: bool = False) -> PackedMatrix:
+        """A copy of the weight for native steps; see ``PackedMatrix``."""
+        weight = self.weight.detach()
+        return PackedMatrix(weight.to_dense() if weight.is_mkldnn else weight, is_gated=is_gated)
 
     def targets(self, prefix: str) -> dict[str, Tensor]:
         return {f"{prefix}.weight": self.weight}

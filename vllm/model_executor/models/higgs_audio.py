@@ -17,6 +17,7 @@ from vllm.checkpoint_config import CheckpointLayout, HiggsAudioConfig
 from vllm.exceptions import CheckpointError
 from vllm.forward_context import get_forward_context
 from vllm.kernels.attention import AttentionPlan, plan_attention
+from vllm.kernels.decode_step import DecoderLayer, DecoderWeights
 from vllm.kernels.linear import DEFAULT_ROW_QUANTUM, pad_rows
 from vllm.model_executor.layers import (
     CodebookEmbedding,
@@ -185,6 +186,20 @@ class HiggsAudioModel(nn.Module):
         logits: Tensor = self.text_head(hidden)
         return logits.float()
 
+    def decoder_weights(self) -> DecoderWeights:
+        layers = [layer for layer in self.layers if isinstance(layer, _DualLayer)]
+        return DecoderWeights(
+            embedding=self.audio_embedding.weight,
+            layers=tuple(layer.decoder_layer() for layer in layers),
+            norm=self.norm.weight,
+            head=self.audio_head.native_matrix(),
+            cos=self.rotary.cos,
+            signed_sin=self.rotary.signed_sin,
+            num_heads=self.config.num_attention_heads,
+            norm_eps=self.config.rms_norm_eps,
+            codebook_size=self.config.codebook_size,
+        )
+
     def matrices(self) -> Iterator[Tensor]:
         """Weights [M, K] of all matrix products."""
         return (matrix.weight for matrix in self._linears())
@@ -245,6 +260,17 @@ class _DualLayer(Layer):
     ) -> None:
         """The part of ``forward`` that later steps need: keys and values."""
         self.attention.store(self._normed(x, num_text_rows), rotary, cache, plan)
+
+    def decoder_layer(self) -> DecoderLayer:
+        """The layer as audio positions see it, for native steps."""
+        return DecoderLayer(
+            input_norm=self.audio_input_norm.weight,
+            qkv=self.attention.qkv.native_matrix(),
+            output=self.attention.output.native_matrix(),
+            post_norm=self.audio_post_norm.weight,
+            gate_up=self.audio_ffn.gate_up.native_matrix(is_gated=True),
+            down=self.audio_ffn.down.native_matrix(),
+        )
 
     def _normed(self, x: Tensor, num_text_rows: int) -> Tensor:
         if num_text_rows == 0:

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vllm.kernels.decode_step import DecoderWeights
+
 __all__ = ["ModelSpec", "SpeechModel"]
 
 
@@ -94,6 +96,10 @@ class SpeechModel(Protocol):
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden_size] -> float32 [N, vocab_size]; only when loaded with the text head."""
+        ...
+
+    def decoder_weights(self) -> DecoderWeights:
+        """Copies for native decode steps; only where ``kernels.decode_step.can_decode``."""
         ...
 
     def matrices(self) -> Iterator[Tensor]:
