@@ -1,10 +1,15 @@
-"""Many ill-behaved clients on one server for minutes: failures, memory growth, leaked KV blocks.
+"""Many ill-behaved clients on one server for minutes: failures, memory, leaked KV blocks, order.
 
 Starts a server of its own on the embedded small model. Clients read to the end, read slowly, leave
-in the middle or before the first byte; a 429 or 503 is a refusal by design, all else that goes
-wrong is a failure. The status is 1 when anything failed, leaked or grew.
+in the middle or before the first byte, or have their request cancelled; a 429 or 503 is a refusal
+by design, all else that goes wrong is a failure. The status is 1 when anything failed, leaked or
+grew, or when a request overtook another that came before it.
 
     python -m benchmarks.soak --minutes 10
+
+The order is what the clients see: a reply's headers come with its first audio. Of two requests of
+which the first was sent 2 s before the second, is as urgent or more, and had not been answered when
+the second was sent, the first must be answered first.
 """
 
 from __future__ import annotations
@@ -38,8 +43,11 @@ START_LIMIT_S = 120.0
 IDLE_LIMIT_S = 30.0
 REQUEST_LIMIT_S = 120.0
 MAX_PAUSE_S = 1.0  # of a client that was refused
+MAX_CANCEL_S = 20.0  # about as long as a request waits and speaks
 MAX_GROWTH = 0.05
-WARMUP_S = 60.0  # memory counts from here on, or from a third of a shorter run
+NUM_PARTS = 10  # of a run: minutes, when it is as long as it should be
+ORDER_GAP_S = 2.0  # requests sent closer to each other may arrive in any order
+URGENT = -1  # priority of one request in ten
 BYTES_PER_FRAME = 2 * 960
 OPEN_GAUGES = tuple(f"vllm:num_requests_{state}" for state in ("running", "waiting", "finishing"))
 SERVER_FLAGS = ("--device", "cpu", "--max-num-seqs", "32", "--max-concurrent-connections", "160")
@@ -52,14 +60,42 @@ class Manner(StrEnum):
     READ_SLOWLY = "read slowly"
     LEAVE_MIDWAY = "leave midway"
     LEAVE_EARLY = "leave early"
+    CANCEL = "cancel"
 
 
 WEIGHTS = {
-    Manner.READ: 0.45,
+    Manner.READ: 0.4,
     Manner.READ_SLOWLY: 0.15,
-    Manner.LEAVE_MIDWAY: 0.25,
+    Manner.LEAVE_MIDWAY: 0.2,
     Manner.LEAVE_EARLY: 0.15,
+    Manner.CANCEL: 0.1,
 }
+REFUSED = (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE)
+CANCELLED = 499
+
+
+@dataclass(frozen=True)
+class Turn:
+    """When a request was sent and answered, in seconds of the monotonic clock."""
+
+    priority: int
+    sent_at: float
+    answered_at: float
+
+
+def count_overtaken(turns: Sequence[Turn]) -> tuple[int, int]:
+    """Pairs of requests whose order is certain, and those of them that were answered the other way.
+
+    A pair counts where the second was sent while the first, as urgent or more, still waited.
+    """
+    num_pairs = num_wrong = 0
+    for first in turns:
+        for second in turns:
+            is_certain = first.sent_at + ORDER_GAP_S <= second.sent_at < first.answered_at
+            if is_certain and first.priority <= second.priority:
+                num_pairs += 1
+                num_wrong += second.answered_at < first.answered_at
+    return num_pairs, num_wrong
 
 
 @dataclass
@@ -69,6 +105,7 @@ class Tally:
     ended: Counter[str] = field(default_factory=Counter)  # as the client wanted, by manner
     refused: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
+    turns: list[Turn] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)  # (s, bytes of all processes)
 
 
@@ -82,8 +119,14 @@ class Outcome:
     failures: dict[str, int]
     num_left_open: int  # requests that the server still held when all clients were gone
     kv_cache_usage: float  # of the idle server
-    memory_mib: tuple[float, float]  # when counting began, and at the end
-    memory_growth: float
+    num_pairs: int  # of requests whose order is certain
+    num_overtaken: int  # pairs that were answered in the wrong order
+    memory_mib: tuple[float, ...]  # of all processes, median of each part of the run
+
+    @property
+    def memory_growth(self) -> float:
+        """From the second part to the last; the first warms up."""
+        return self.memory_mib[-1] / self.memory_mib[1] - 1
 
     @property
     def complaints(self) -> list[str]:
@@ -95,6 +138,10 @@ class Outcome:
             found.append(f"{self.num_left_open} requests still open after {IDLE_LIMIT_S:g} s")
         if self.kv_cache_usage > 0:
             found.append(f"{self.kv_cache_usage:.2%} of the KV cache in use by an idle server")
+        if not self.num_pairs:
+            found.append("no two requests waited together, so their order is not known")
+        if self.num_overtaken:
+            found.append(f"{self.num_overtaken} of {self.num_pairs} pairs in the wrong order")
         if self.memory_growth > MAX_GROWTH:
             found.append(f"memory grew by {self.memory_growth:.1%}; at most {MAX_GROWTH:.0%}")
         return found
@@ -123,35 +170,67 @@ class Clients:
         while True:
             (manner,) = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))
             try:
-                await self._request(manner, rng)
+                if await self._is_refused(manner, rng):
+                    await asyncio.sleep(rng.uniform(0, MAX_PAUSE_S))
             except (httpx.HTTPError, TimeoutError) as error:
                 self._tally.failures[f"{manner}: {type(error).__name__}"] += 1
 
-    async def _request(self, manner: Manner, rng: random.Random) -> None:
+    async def _is_refused(self, manner: Manner, rng: random.Random) -> bool:
+        """Send one request and see to its reply; True when the server would not take it."""
         body = {
             "input": rng.choice(TEXTS),
             "response_format": "pcm",
             "seed": rng.randrange(2**32),
             "max_tokens": rng.randint(20, 80),
+            "priority": URGENT if rng.random() < 0.1 else 0,
+            "request_id": f"soak-{rng.randrange(2**64)}",
         }
-        patience_s = rng.uniform(0, 1) if manner is Manner.LEAVE_EARLY else None
+        if manner is Manner.CANCEL:
+            return await self._send_and_cancel(body, rng)
+        if manner is not Manner.LEAVE_EARLY:
+            return await self._send(body, manner, rng)
         try:
-            async with (
-                asyncio.timeout(patience_s),
-                self._http.stream("POST", ENDPOINTS["speech"], json=body) as reply,
-            ):
-                if reply.status_code == httpx.codes.OK:
-                    await self._take(reply, manner, rng)
-                    return
-                status = reply.status_code
+            async with asyncio.timeout(rng.uniform(0, 1)):
+                return await self._send(body, manner, rng)
         except TimeoutError:
             self._tally.ended[manner] += 1
-            return
-        if status not in (429, 503):
+            return False
+
+    async def _send_and_cancel(self, body: dict[str, Any], rng: random.Random) -> bool:
+        """Have the request cancelled at some time; it may be queued, running or over by then."""
+
+        async def cancel() -> None:
+            await asyncio.sleep(rng.uniform(0, MAX_CANCEL_S))
+            reply = await self._http.post("/cancel", json={"request_id": body["request_id"]})
+            if reply.status_code not in (httpx.codes.OK, httpx.codes.NOT_FOUND):
+                self._tally.failures[f"POST /cancel: status {reply.status_code}"] += 1
+
+        cancelling = asyncio.create_task(cancel())
+        try:
+            return await self._send(body, Manner.CANCEL, rng)
+        except httpx.RemoteProtocolError:  # how a reply under way is broken off
+            self._tally.ended[Manner.CANCEL] += 1
+            return False
+        finally:
+            cancelling.cancel()
+            await asyncio.gather(cancelling, return_exceptions=True)
+
+    async def _send(self, body: dict[str, Any], manner: Manner, rng: random.Random) -> bool:
+        sent_at = time.monotonic()
+        async with self._http.stream("POST", ENDPOINTS["speech"], json=body) as reply:
+            status = reply.status_code
+            if status == httpx.codes.OK:
+                self._tally.turns.append(Turn(body["priority"], sent_at, time.monotonic()))
+                await self._take(reply, manner, rng)
+                return False
+        if status in REFUSED:
+            self._tally.refused[f"status {status}"] += 1
+            return True
+        if manner is Manner.CANCEL and status == CANCELLED:
+            self._tally.ended[manner] += 1
+        else:
             self._tally.failures[f"{manner}: status {status}"] += 1
-            return
-        self._tally.refused[f"status {status}"] += 1
-        await asyncio.sleep(rng.uniform(0, MAX_PAUSE_S))
+        return False
 
     async def _take(self, reply: httpx.Response, manner: Manner, rng: random.Random) -> None:
         num_bytes = 0
@@ -209,7 +288,7 @@ async def soak(
     with contextlib.suppress(asyncio.CancelledError):
         await watching
     num_left_open, kv_cache_usage = await _idle_state(url)
-    before, after = _memory_ends(tally.memory, duration_s)
+    num_pairs, num_overtaken = count_overtaken(tally.turns)
     return Outcome(
         duration_s=duration_s,
         ended=dict(tally.ended),
@@ -217,8 +296,9 @@ async def soak(
         failures=dict(tally.failures),
         num_left_open=num_left_open,
         kv_cache_usage=kv_cache_usage,
-        memory_mib=(before / 2**20, after / 2**20),
-        memory_growth=after / before - 1,
+        num_pairs=num_pairs,
+        num_overtaken=num_overtaken,
+        memory_mib=_medians(tally.memory, duration_s),
     )
 
 
@@ -256,12 +336,12 @@ def _gauges(page: str) -> dict[str, float]:
     return {family.name: family.samples[0].value for family in families if family.type == "gauge"}
 
 
-def _memory_ends(memory: Sequence[tuple[float, int]], duration_s: float) -> tuple[float, float]:
-    """Medians of the first and the last third of what was seen after the warm-up."""
-    warmup_s = min(WARMUP_S, duration_s / 3)
-    counted = [num_bytes for at, num_bytes in memory if at >= warmup_s] or [memory[-1][1]]
-    third = max(1, len(counted) // 3)
-    return median(counted[:third]), median(counted[-third:])
+def _medians(memory: Sequence[tuple[float, int]], duration_s: float) -> tuple[float, ...]:
+    """MiB in each part of a run."""
+    parts: list[list[int]] = [[] for _ in range(NUM_PARTS)]
+    for at, num_bytes in memory:
+        parts[min(NUM_PARTS - 1, int(at / duration_s * NUM_PARTS))].append(num_bytes)
+    return tuple(median(part) / 2**20 for part in parts if part)
 
 
 def run(*, num_clients: int, duration_s: float, show_progress: bool = True) -> Outcome:
@@ -285,9 +365,12 @@ def print_outcome(outcome: Outcome) -> None:
         rows += [[f"{title}: {name}", count] for name, count in sorted(counts.items())]
     rows.append(["requests still open", outcome.num_left_open])
     rows.append(["share of the KV cache in use", outcome.kv_cache_usage])
-    rows.append(["memory after the warm-up, MiB", outcome.memory_mib[0]])
-    rows.append(["memory at the end, MiB", outcome.memory_mib[1]])
-    rows.append(["memory growth", f"{outcome.memory_growth:+.2%}"])
+    rows.append(["pairs whose order is certain", outcome.num_pairs])
+    rows.append(["pairs in the wrong order", outcome.num_overtaken])
+    rows.append(["memory at first, MiB", outcome.memory_mib[0]])
+    rows.append(["memory after a tenth, MiB", outcome.memory_mib[1]])
+    rows.append(["memory at the end, MiB", outcome.memory_mib[-1]])
+    rows.append(["memory growth after a tenth", f"{outcome.memory_growth:+.2%}"])
     print(format_table(["", f"{outcome.duration_s:g} s"], rows))
     print("passed" if not outcome.complaints else "failed: " + "; ".join(outcome.complaints))
 
