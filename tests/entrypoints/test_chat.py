@@ -207,6 +207,28 @@ def test_a_system_text_in_the_models_form_replaces_the_whole(live: Any, text: st
     assert (prompt.system_prompt, prompt.instructions) == (text, None)
 
 
+SCENE = "Generate audio.\n\n<|scene_desc_start|>\nAn old man whispers.\n<|scene_desc_end|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "voice", "heard"),
+    [
+        (SCENE, None, "scene"),
+        (SCENE, "de_man", "de_man"),
+        ("You are a helpful assistant.", None, "en_woman"),
+        ("An old man whispers.", None, "en_woman"),
+    ],
+)
+def test_a_scene_prompt_describes_the_voice_where_none_is_named(
+    live: Any, text: str, voice: str | None, heard: str
+) -> None:
+    audio = {} if voice is None else {"audio": {"voice": voice}}
+    body = {"messages": [{"role": "system", "content": text}, USER], **audio}
+    reply = live.client.post("/v1/chat/completions", json=body)
+    assert reply.headers["x-voice"] == heard
+    assert live.engine.seen[-1][0].voice.voice_id == heard
+
+
 def test_a_plain_system_text_describes_the_scene(live: Any) -> None:
     system = [{"role": "system", "content": "A hall."}, {"role": "developer", "content": "Calm."}]
     answer(live, *system, USER)

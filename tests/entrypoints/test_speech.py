@@ -417,3 +417,24 @@ def test_voices_that_do_not_fit_are_refused(
 def test_no_voices_are_as_none(live: Any) -> None:
     plain = pcm(live, seed=3)
     assert pcm(live, seed=3, voices=None) == pcm(live, seed=3, voices={}) == plain
+
+
+SCENE = "<|scene_desc_start|>\nAn old man whispers.\n<|scene_desc_end|>"
+
+
+@pytest.mark.parametrize(
+    ("fields", "heard"),
+    [
+        ({"system_prompt": SCENE}, "scene"),
+        ({"system_prompt": SCENE, "voice": "de_man"}, "de_man"),
+        ({"system_prompt": "Convert text to speech."}, "en_woman"),
+        ({"instructions": SCENE}, "en_woman"),
+    ],
+)
+def test_a_scene_prompt_describes_the_voice_where_none_is_named(
+    live: Any, fields: dict[str, str], heard: str
+) -> None:
+    assert speak(live, **fields).headers["x-voice"] == heard
+    assert live.engine.seen[-1][0].voice.voice_id == heard
+    request = {"text": TEXT, **fields}
+    assert live.client.post("/generate", json=request).headers["x-voice"] == heard

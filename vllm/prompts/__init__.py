@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm.prompts.higgs_audio import HiggsAudioPromptBuilder
 from vllm.prompts.interface import (
+    SCENE_VOICE,
     BuiltPrompt,
     PromptBuilder,
     PromptClip,
@@ -12,6 +13,7 @@ from vllm.prompts.interface import (
     SpokenTurn,
     Voice,
     VoiceSource,
+    is_voice_described,
     resolve_voices,
 )
 from vllm.prompts.normalize import normalize_text
@@ -20,6 +22,7 @@ from vllm.prompts.tokenizer import TextTokenizer
 
 __all__ = [
     "DEFAULT_MAX_CHARS",
+    "SCENE_VOICE",
     "BuiltPrompt",
     "HiggsAudioPromptBuilder",
     "PromptBuilder",
@@ -30,6 +33,7 @@ __all__ = [
     "TextTokenizer",
     "Voice",
     "VoiceSource",
+    "is_voice_described",
     "normalize_text",
     "resolve_voices",
     "speech_limit_seconds",

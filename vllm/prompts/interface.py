@@ -18,6 +18,7 @@ from vllm.exceptions import InvalidRequestError
 from vllm.prompts.splitting import speaker_tags
 
 __all__ = [
+    "SCENE_VOICE",
     "BuiltPrompt",
     "PromptBuilder",
     "PromptClip",
@@ -26,6 +27,7 @@ __all__ = [
     "SpokenTurn",
     "Voice",
     "VoiceSource",
+    "is_voice_described",
     "resolve_voices",
 ]
 
@@ -72,6 +74,15 @@ class Speaker(NamedTuple):
     voice: Voice
 
 
+#: What speaks where a scene describes the voice: the model chooses one that fits.
+SCENE_VOICE = Voice(voice_id="scene", name="Scene")
+
+
+def is_voice_described(system_prompt: str | None) -> bool:
+    """Whether a whole system text holds a scene, so that a request without a voice needs no clip."""
+    return "<|scene_desc_start|>" in (system_prompt or "")
+
+
 @dataclass(frozen=True, eq=False)
 class SpokenTurn:
     """A text and the audio that speaks it: a reference, or an earlier part of a long text."""
@@ -86,7 +97,8 @@ class SpeechPrompt:
 
     Args:
         text: what is spoken.
-        voice: id or alias of a voice, or the voice itself; None is the default voice.
+        voice: id or alias of a voice, or the voice itself; None is the default voice, or the one
+            that the scene of ``system_prompt`` describes, if it has one.
         voices: for a text of several speakers, speaker -> voice, as ``{"SPEAKER0": "en_man"}``.
             The text begins with one of their tags (``[SPEAKER0]``) and has no others; ``voice``
             is not read then.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vllm.entrypoints.bosonai.voices import VoiceLibrary
 from vllm.exceptions import InvalidRequestError, PromptTooLongError
 from vllm.outputs import FinishReason
 from vllm.prompts import SpeechPrompt
@@ -251,3 +252,18 @@ def test_inline_clips_need_samples(make_driver: Callable[..., Any]) -> None:
     good = SpeechPrompt(text="Hi.", ref_audio=tone, ref_text="A tone.")
     items = driver.speak(good, SamplingParams(max_tokens=20))
     assert items[-1].usage.audio_tokens == 12
+
+
+def test_a_scene_prompt_has_no_clip_of_the_default_voice(make_driver: Callable[..., Any]) -> None:
+    driver = make_driver()
+    driver.processor._voices = VoiceLibrary.for_engine(driver.core.info)
+    scene = "<|scene_desc_start|>\nAn old man whispers.\n<|scene_desc_end|>"
+    clips = [
+        driver.processor.process("a", prompt, SamplingParams()).next_request().clips
+        for prompt in (
+            SpeechPrompt(text="Hi.", system_prompt=scene),
+            SpeechPrompt(text="Hi.", system_prompt=scene, voice="en_man"),
+            SpeechPrompt(text="Hi.", system_prompt="Speak."),
+        )
+    ]
+    assert [len(each) for each in clips] == [0, 1, 1]

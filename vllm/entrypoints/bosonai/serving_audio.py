@@ -26,7 +26,7 @@ from vllm.entrypoints.openai.protocol import AudioSpeechRequest, SamplingOptions
 from vllm.exceptions import InvalidRequestError, ModelNotFoundError
 from vllm.logger import get_logger
 from vllm.player import VirtualPlayer
-from vllm.prompts import SpeechPrompt, Voice, resolve_voices
+from vllm.prompts import SCENE_VOICE, SpeechPrompt, Voice, is_voice_described, resolve_voices
 
 if TYPE_CHECKING:
     from vllm.entrypoints.bosonai.voices import VoiceLibrary
@@ -189,13 +189,15 @@ class ServingAudio:
                 f"input has {len(text)} characters; this server takes up to {limit}", param="input"
             )
 
-    async def voice(self, name: str | None) -> Voice:
-        """The voice of that id or alias; None is the default voice.
+    async def voice(self, name: str | None, system_prompt: str | None) -> Voice:
+        """The voice of that id or alias; None is the default voice, or that of a prompt's scene.
 
         Raises:
             UnknownVoiceError: there is none.
             VoiceStoreError: it is no preset, and the store cannot be asked.
         """
+        if name is None and is_voice_described(system_prompt):
+            return SCENE_VOICE
         library = self._library()
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(library.threads_for(name), library.resolve, name)
@@ -220,7 +222,7 @@ class ServingAudio:
         clip, voice = None, None
         voices = await self.voices(body.speaker_voices)
         if not voices and body.reference_audio is None:
-            voice = await self.voice(body.voice_name)
+            voice = await self.voice(body.voice_name, body.system_prompt)
         if body.reference_audio is not None:
             info = self._synthesizer.ready_engine().info
             assert info is not None, "a ready engine has its info"

@@ -176,7 +176,9 @@ class ServingChat:
         # A clip that opens the conversation is the voice; an earlier reply speaks in one already.
         voices = await self._speech.voices(body.speaker_voices)
         is_cloned = bool(turns) and turns[0].clip.samples is not None and not voices
-        voice = None if is_cloned or voices else await self._speech.voice(body.voice_name)
+        voice = None
+        if not is_cloned and not voices:
+            voice = await self._speech.voice(body.voice_name, conversation.system_prompt)
         prompt = SpeechPrompt(
             text=conversation.text,
             voice=voice,

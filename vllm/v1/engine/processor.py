@@ -20,6 +20,7 @@ from vllm.config import EngineConfig
 from vllm.exceptions import InvalidRequestError
 from vllm.player import VirtualPlayer
 from vllm.prompts import (
+    SCENE_VOICE,
     BuiltPrompt,
     PromptClip,
     Speaker,
@@ -27,6 +28,7 @@ from vllm.prompts import (
     SpokenTurn,
     Voice,
     VoiceSource,
+    is_voice_described,
     resolve_voices,
 )
 from vllm.prompts.registry import load_prompt_builder
@@ -110,6 +112,8 @@ class Processor:
     def _voice(self, prompt: SpeechPrompt) -> Voice:
         if prompt.ref_audio is None:
             given = prompt.voice
+            if given is None and is_voice_described(prompt.system_prompt):
+                return SCENE_VOICE
             return given if isinstance(given, Voice) else self._voices.resolve(given)
         self._check_can_encode("ref_audio")
         samples = self._clip_samples(prompt.ref_audio)
