@@ -1,0 +1,249 @@
+// Calls the C interface without Python, so that sanitizers can look at all of it: every instruction
+// set of this machine, every format, one thread and several, and callers that share a pool.
+//
+// What is computed is compared with plain loops; the tests in Python compare it with torch.
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "api.h"
+
+namespace {
+
+void expect(bool condition, const std::string& what) {
+  if (condition) return;
+  std::fprintf(stderr, "failed: %s (%s)\n", what.c_str(), hav_isa());
+  std::exit(1);
+}
+
+// Reproducible numbers from -1 to 1.
+class Numbers {
+ public:
+  float next() {
+    state_ = state_ * 6364136223846793005ull + 1442695040888963407ull;
+    return static_cast<float>(static_cast<int32_t>(state_ >> 32)) / 2147483648.0f;
+  }
+
+  std::vector<float> take(size_t count) {
+    std::vector<float> numbers(count);
+    for (float& each : numbers) each = next();
+    return numbers;
+  }
+
+ private:
+  uint64_t state_ = 1;
+};
+
+// A matrix of one format, and the numbers that it stands for.
+struct Matrix {
+  int32_t format;
+  int64_t num_outputs, num_inputs;
+  std::vector<uint8_t> values;
+  int64_t stride;  // bytes
+  std::vector<uint8_t> scales;
+  std::vector<float> meaning;  // [num_outputs, num_inputs]
+
+  hav_linear* packed(hav_pool* pool, bool is_gated) const {
+    return hav_linear_create(pool, format, num_outputs, num_inputs, values.data(), stride,
+                             scales.empty() ? nullptr : scales.data(), is_gated);
+  }
+};
+
+uint16_t truncated_to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+float of_bf16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, sizeof x);
+  return x;
+}
+
+template <typename T>
+void append(std::vector<uint8_t>& bytes, T value) {
+  const size_t size = bytes.size();
+  bytes.resize(size + sizeof value);
+  std::memcpy(bytes.data() + size, &value, sizeof value);
+}
+
+// Integer i of row r, within the range of the format.
+int integer_at(int64_t row, int64_t i, int largest) {
+  return static_cast<int>((row * 7 + i * 13) % (2 * largest + 1)) - largest;
+}
+
+Matrix make_matrix(int32_t format, int64_t num_outputs, int64_t num_inputs, Numbers& numbers) {
+  Matrix matrix{format, num_outputs, num_inputs, {}, 0, {}, {}};
+  for (int64_t row = 0; row < num_outputs; ++row) {
+    const float scale = 0.01f + 0.001f * static_cast<float>(row % 5);
+    if (format == HAV_INT8) append(matrix.scales, scale);
+    for (int64_t i = 0; i < num_inputs; ++i) {
+      const float x = numbers.next();
+      if (format == HAV_FLOAT32) {
+        append(matrix.values, x);
+        matrix.meaning.push_back(x);
+      } else if (format == HAV_BFLOAT16) {
+        append(matrix.values, truncated_to_bf16(x));
+        matrix.meaning.push_back(of_bf16(truncated_to_bf16(x)));
+      } else if (format == HAV_INT8) {
+        const int q = integer_at(row, i, 127);
+        append(matrix.values, static_cast<int8_t>(q));
+        matrix.meaning.push_back(static_cast<float>(q) * scale);
+      } else {
+        const uint16_t group_scale = truncated_to_bf16(scale);
+        const int q = integer_at(row, i, 7);
+        if (i % 32 == 0) append(matrix.scales, group_scale);
+        if (i % 2 == 0) append(matrix.values, static_cast<uint8_t>(q + 8));
+        if (i % 2 == 1) matrix.values.back() |= static_cast<uint8_t>((q + 8) << 4);
+        matrix.meaning.push_back(static_cast<float>(q) * of_bf16(group_scale));
+      }
+    }
+  }
+  matrix.stride = static_cast<int64_t>(matrix.values.size()) / num_outputs;
+  return matrix;
+}
+
+float silu(double x) { return static_cast<float>(x / (1.0 + std::exp(-x))); }
+
+double product(const Matrix& matrix, const float* x, int64_t output) {
+  double sum = 0;
+  for (int64_t i = 0; i < matrix.num_inputs; ++i) {
+    sum += static_cast<double>(matrix.meaning[output * matrix.num_inputs + i]) * x[i];
+  }
+  return sum;
+}
+
+struct Rows {
+  int64_t count, width;
+  std::vector<float> values;
+};
+
+std::vector<float> apply(hav_pool* pool, const hav_linear* weights, const Rows& rows,
+                         int64_t num_outputs) {
+  std::vector<float> y(rows.count * num_outputs, 0.0f);
+  expect(hav_linear_apply(pool, weights, rows.values.data(), rows.width, rows.count, nullptr, 0.0f,
+                          y.data(), num_outputs, 0) == 0,
+         "memory for a product");
+  return y;
+}
+
+void check_product(const Matrix& matrix, bool is_gated, const Rows& rows, hav_pool* pool) {
+  hav_linear* weights = matrix.packed(pool, is_gated);
+  expect(weights != nullptr, "packing");
+  const int64_t outputs = is_gated ? matrix.num_outputs / 2 : matrix.num_outputs;
+  const std::vector<float> alone = apply(nullptr, weights, rows, outputs);
+  expect(alone == apply(pool, weights, rows, outputs), "threads change bits");
+  // Inputs are rounded to 8 bits, so errors grow with the root of their number.
+  const double tolerance = matrix.format == HAV_FLOAT32 ? 1e-3 : 0.05;
+  for (int64_t row = 0; row < rows.count; ++row) {
+    for (int64_t output = 0; output < outputs; ++output) {
+      const float* x = rows.values.data() + row * rows.width;
+      double expected = product(matrix, x, output);
+      if (is_gated) expected = silu(expected) * product(matrix, x, outputs + output);
+      const double actual = alone[row * outputs + output];
+      expect(std::abs(actual - expected) <= tolerance * (1.0 + std::abs(expected)),
+             "product of format " + std::to_string(matrix.format));
+    }
+  }
+  hav_linear_destroy(weights);
+}
+
+void check_products(hav_pool* pool) {
+  Numbers numbers;
+  for (int32_t format : {HAV_FLOAT32, HAV_BFLOAT16, HAV_INT8, HAV_INT4}) {
+    for (int64_t num_inputs : {32, 96, 1056}) {
+      const int64_t width = format == HAV_INT4 ? num_inputs : num_inputs - 1;
+      const Matrix matrix = make_matrix(format, 74, width, numbers);
+      for (int64_t count : {1, 2, 3, 5, 8, 20, 65}) {
+        const Rows rows{count, width, numbers.take(count * width)};
+        check_product(matrix, false, rows, pool);
+        check_product(matrix, true, rows, pool);
+      }
+    }
+  }
+}
+
+void check_norm(hav_pool* pool) {
+  Numbers numbers;
+  const int64_t rows = 33, width = 1000;
+  const std::vector<float> x = numbers.take(rows * width), weight = numbers.take(width);
+  std::vector<float> alone(rows * width), together(rows * width);
+  hav_rms_norm(nullptr, x.data(), width, weight.data(), 1e-5f, alone.data(), width, rows, width);
+  hav_rms_norm(pool, x.data(), width, weight.data(), 1e-5f, together.data(), width, rows, width);
+  expect(alone == together, "threads change the norm");
+}
+
+// Calls of several threads on one pool, with pauses in which its threads go to sleep.
+void check_shared_pool(hav_pool* pool) {
+  Numbers numbers;
+  const Matrix matrix = make_matrix(HAV_FLOAT32, 2048, 64, numbers);
+  hav_linear* weights = matrix.packed(pool, false);
+  const Rows rows{4, 64, numbers.take(4 * 64)};
+  const std::vector<float> expected = apply(nullptr, weights, rows, 2048);
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 3; ++caller) {
+    callers.emplace_back([&] {
+      for (int i = 0; i < 200; ++i) {
+        expect(apply(pool, weights, rows, 2048) == expected, "a shared pool");
+        if (i % 20 == 0) std::this_thread::sleep_for(std::chrono::microseconds(300));
+      }
+    });
+  }
+  for (std::thread& each : callers) each.join();
+  hav_linear_destroy(weights);
+}
+
+void check_refusals() {
+  const float value = 1.0f;
+  expect(hav_pool_create(0) == nullptr, "a pool of no thread");
+  expect(hav_linear_create(nullptr, 7, 1, 1, &value, 4, nullptr, 0) == nullptr, "format 7");
+  expect(hav_linear_create(nullptr, HAV_INT8, 1, 1, &value, 1, nullptr, 0) == nullptr,
+         "int8 without scales");
+  expect(hav_linear_create(nullptr, HAV_FLOAT32, 1, 1, &value, 4, nullptr, 1) == nullptr,
+         "a gate without its up");
+  expect(hav_linear_create(nullptr, HAV_INT4, 1, 40, &value, 20, &value, 0) == nullptr,
+         "int4 with part of a group");
+  expect(hav_select_isa("none") == -1, "an unknown instruction set");
+  hav_linear_destroy(nullptr);
+  hav_pool_destroy(nullptr);
+}
+
+std::vector<std::string> words_of(const char* text) {
+  std::vector<std::string> words{""};
+  for (; *text != '\0'; ++text) {
+    if (*text == ' ') {
+      words.emplace_back();
+    } else {
+      words.back() += *text;
+    }
+  }
+  return words;
+}
+
+}  // namespace
+
+int main() {
+  expect(hav_abi_version() == HAV_ABI_VERSION, "version");
+  check_refusals();
+  for (const std::string& isa : words_of(hav_supported_isas())) {
+    expect(hav_select_isa(isa.c_str()) == 0, isa);
+    for (int num_threads : {1, 2, 4}) {
+      hav_pool* pool = hav_pool_create(num_threads);
+      expect(hav_pool_num_threads(pool) == num_threads, "threads of a pool");
+      check_products(pool);
+      check_norm(pool);
+      check_shared_pool(pool);
+      hav_pool_destroy(pool);
+    }
+    std::printf("%s: good\n", isa.c_str());
+  }
+  return 0;
+}
