@@ -18,6 +18,7 @@ from vllm.sampling_params import MAX_RAS_WINDOW, RasMode
 __all__ = [
     "DEFAULT_AUDIO_TOKENIZER",
     "EMBEDDED_MODEL_NAME",
+    "RANDOM_MODEL_NAME",
     "AudioConfig",
     "CacheConfig",
     "DeviceConfig",
@@ -29,6 +30,7 @@ __all__ = [
 
 DEFAULT_AUDIO_TOKENIZER = "bosonai/higgs-audio-v2-tokenizer"
 EMBEDDED_MODEL_NAME = "higgs-audio-tiny"
+RANDOM_MODEL_NAME = "higgs-audio-random"
 
 _MAX_THREADS = 1024  # more than any machine's cores; OpenMP may end the process far above
 _MAX_POSITIONS = 131_072  # what the published model was made for (specification §1.1)
@@ -132,6 +134,9 @@ class SchedulerConfig:
     prefill_min_tokens: int = _option(512, "waiting positions from which a prefill step runs")
     prefill_min_requests: int = _option(4, "waiting requests from which a prefill step runs")
     prefill_max_wait_ms: float = _option(10.0, "longest wait for more prompts to prefill together")
+    player_deadlines: bool = _option(
+        True, "when the device is saturated, serve first whose listeners would hear silence soonest"
+    )
 
     def __post_init__(self) -> None:
         _require(self.max_num_seqs >= 0, f"--max-num-seqs {self.max_num_seqs}: 0 or more")
@@ -219,6 +224,11 @@ class EngineConfig:
     @property
     def uses_embedded_model(self) -> bool:
         return self.model.model is None
+
+    @property
+    def uses_random_model(self) -> bool:
+        """The embedded sizes with random weights, which encode clips and make noise."""
+        return self.model.model == RANDOM_MODEL_NAME
 
 
 _PARTS: dict[str, type[Any]] = {

@@ -5,7 +5,17 @@ Pure arithmetic on times that callers give; knows neither clocks nor samples.
 
 from __future__ import annotations
 
-__all__ = ["VirtualPlayer"]
+from dataclasses import dataclass
+
+__all__ = ["Listener", "VirtualPlayer"]
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Someone who plays a reply while it is made, as the engine is told of them."""
+
+    speed: float  # audio seconds played per second
+    dry_at: float  # time.monotonic() at which nothing is left to play, or waiting began
 
 
 class VirtualPlayer:
@@ -15,26 +25,27 @@ class VirtualPlayer:
 
     Args:
         speed: audio seconds played per second; above 1 the listener hears it faster.
+        dry_at: when an earlier buffer is empty, for a listener who has heard something before.
     """
 
-    def __init__(self, speed: float = 1.0) -> None:
+    def __init__(self, speed: float = 1.0, *, dry_at: float | None = None) -> None:
         assert speed > 0, speed
         self.speed = speed
         self.stalls_s: list[float] = []  # one for each underrun, in order
-        self._dry_at: float | None = None  # when the buffer is empty; None before the first audio
+        self.dry_at = dry_at  # when the buffer is empty; None before the first audio
         self._is_over = False
 
     @property
     def has_started(self) -> bool:
-        return self._dry_at is not None
+        return self.dry_at is not None
 
     def feed(self, now: float, audio_s: float) -> None:
         """Put audio into the buffer: ``audio_s`` seconds of it, before the change of speed."""
         if audio_s <= 0:
             return
         self._count_stall(now)
-        start = now if self._dry_at is None else max(now, self._dry_at)
-        self._dry_at = start + audio_s / self.speed
+        start = now if self.dry_at is None else max(now, self.dry_at)
+        self.dry_at = start + audio_s / self.speed
 
     def end(self) -> None:
         """The audio is complete: an empty buffer is no underrun any more."""
@@ -47,5 +58,5 @@ class VirtualPlayer:
         self._is_over = True
 
     def _count_stall(self, now: float) -> None:
-        if self._dry_at is not None and now > self._dry_at:
-            self.stalls_s.append(now - self._dry_at)
+        if self.dry_at is not None and now > self.dry_at:
+            self.stalls_s.append(now - self.dry_at)

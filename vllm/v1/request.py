@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm.outputs import FinishReason
+from vllm.player import Listener, VirtualPlayer
 from vllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -52,11 +53,14 @@ class Request:
     limit_reason: FinishReason
     max_silence_frames: int | None = None
     priority: int = 0
+    listener: Listener | None = None
     arrival_time: float = 0.0
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     arrival_index: int = -1  # order of arrival at the scheduler
+    player: VirtualPlayer | None = None  # of the listener
+    last_turn: int = 0  # when it last was in a step over some of the rows; 0 before
     num_prefilled: int = 0  # prompt positions in the cache
     num_cached_positions: int = 0  # of these, found in the prefix cache
     num_preemptions: int = 0
@@ -72,6 +76,8 @@ class Request:
         num_audio = self.audio_positions.shape[0]
         assert self.prompt_frames.ndim == 2, self.prompt_frames.shape
         assert self.prompt_frames.shape[0] == num_audio, (self.prompt_frames.shape, num_audio)
+        if self.listener is not None:
+            self.player = VirtualPlayer(self.listener.speed, dry_at=self.listener.dry_at)
 
     @classmethod
     def from_core(
@@ -98,6 +104,7 @@ class Request:
             limit_reason=core_request.limit_reason,
             max_silence_frames=core_request.max_silence_frames,
             priority=core_request.priority,
+            listener=core_request.listener,
             arrival_time=core_request.arrival_time,
         )
 
@@ -127,6 +134,11 @@ class Request:
     def num_slots_needed(self) -> int:
         """Positions that must have a block before the next decode step."""
         return self.num_prompt_positions + max(self.num_frames, 1)
+
+    @property
+    def num_unsent_frames(self) -> int:
+        """Real frames made whose audio has not been sent."""
+        return max(self.num_frames - self.num_codebooks - self.num_real_frames_sent, 0)
 
     @property
     def urgency(self) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import pytest
 
 from vllm.config import SchedulerConfig
 from vllm.outputs import FinishReason
+from vllm.player import Listener
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core import NewRequestData, Scheduler, SchedulerOutput, StepKind
 from vllm.v1.engine.messages import EngineCoreOutput, EngineCoreRequest
@@ -21,6 +22,7 @@ K = 4
 BOS, EOS = 1024, 1025
 AUDIO_ID = 7
 HOP = 2
+FRAME_S = 0.04
 
 
 class Clock:
@@ -41,6 +43,7 @@ def build_request(
     code_offset: int = 0,
     priority: int = 0,
     arrival_time: float = 0.0,
+    listener: Listener | None = None,
 ) -> Request:
     """Request with a prompt of its own, or one that depends on ``token_seed`` only."""
     seed = zlib.crc32(request_id.encode()) if token_seed is None else token_seed
@@ -57,6 +60,7 @@ def build_request(
         limit_reason=FinishReason.MAX_AUDIO,
         priority=priority,
         arrival_time=arrival_time,
+        listener=listener,
     )
     return Request.from_core(core_request, frames.astype(np.int16), audio_positions)
 
@@ -240,6 +244,7 @@ class Bench:
         self.worker = worker
         self.clock = clock
         self.outputs: dict[str, list[EngineCoreOutput]] = {}
+        self.step_s: Callable[[SchedulerOutput], float] = lambda plan: 0.0  # while it is executed
 
     def step(self) -> SchedulerOutput:
         plan = self.scheduler.schedule()
@@ -248,6 +253,7 @@ class Bench:
         return plan
 
     def finish(self, plan: SchedulerOutput) -> None:
+        self.clock.now += self.step_s(plan)
         for output in self.scheduler.update_from_output(plan, self.worker.execute(plan)):
             self.outputs.setdefault(output.request_id, []).append(output)
         self.scheduler.check_integrity()
@@ -304,6 +310,7 @@ def make_bench() -> Callable[..., Bench]:
             max_model_len,
             enable_prefix_caching,
             bos_code=BOS,
+            frame_s=FRAME_S,
             clock=clock,
         )
         return Bench(scheduler, FakeWorker(num_blocks, block_size, max_num_seqs), clock)

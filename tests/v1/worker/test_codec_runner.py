@@ -1,4 +1,5 @@
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import strategies as st
 
 from vllm.checkpoints.make_codec import make_codec
 from vllm.model_executor.codecs import ClipCache, load_codec
+from vllm.player import Listener
 from vllm.v1.outputs import CodecStats
+from vllm.v1.worker import codec_runner
 from vllm.v1.worker.codec_runner import CodecRunner
 
 HOP = 960
@@ -327,12 +330,13 @@ def test_stats_count_windows_and_clips(tmp_path, make_runner):
     assert runner.stats() == CodecStats()
 
 
-def test_windows_come_before_clips_and_a_bad_clip_ends_alone(make_runner):
+def test_urgent_windows_come_before_clips_and_a_bad_clip_ends_alone(make_runner):
     scripted = ScriptedCodec()
     runner = make_runner(scripted, threaded=False)
     runner.encode("bad", np.full(4, np.nan, np.float32))
     runner.encode("good", np.ones(4, np.float32))
     runner.open("a", max_silence_frames=None)
+    runner.follow("a", Listener(speed=1.0, dry_at=time.monotonic()))
     runner.push("a", scripted_frames(1), final=True)
     first = runner.poll()
     assert (len(first.chunks), len(first.clips)) == (1, 0)
@@ -340,6 +344,86 @@ def test_windows_come_before_clips_and_a_bad_clip_ends_alone(make_runner):
     assert clips[0].codes is None
     assert "scripted failure" in clips[0].error
     assert clips[1].error is None
+
+
+class Clock:
+    """Stands for the ``time`` module of the runner."""
+
+    now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(codec_runner, "time", clock)
+    return clock
+
+
+def served(runner):
+    """Ids of requests and keys of clips, in the order in which they are done."""
+    order = []
+    while runner.has_work():
+        results = runner.poll()
+        order += [chunk.request_id for chunk in results.chunks]
+        order += [clip.key for clip in results.clips]
+    return order
+
+
+def test_whose_listener_has_least_comes_first(make_runner, clock):
+    runner = make_runner(ScriptedCodec(), ramp=(2,), threaded=False)
+    ahead = {"nobody": None, "plenty": 5.0, "little": 1.0, "waiting": -3.0}
+    for name, seconds in ahead.items():
+        runner.open(name, max_silence_frames=None)
+        if seconds is not None:
+            runner.follow(name, Listener(speed=1.0, dry_at=clock.now + seconds))
+        runner.push(name, scripted_frames(1, 1), final=True)
+    assert served(runner) == ["waiting", "little", "plenty", "nobody"]
+
+
+def test_audio_that_was_decoded_counts_as_ahead(make_runner, clock):
+    """8 samples are a millisecond; each window gives two frames of 4 samples."""
+    runner = make_runner(ScriptedCodec(), ramp=(2,), threaded=False)
+    for name, seconds, speed in (("a", 0.0, 2.0), ("b", 0.0006, 1.0)):
+        runner.open(name, max_silence_frames=None)
+        runner.follow(name, Listener(speed=speed, dry_at=clock.now + seconds))
+        runner.push(name, scripted_frames(1, 1, 1, 1, 1, 1), final=True)
+    # a: 0, 0.5, 1.0; b: 0.6, 1.6, 2.6
+    assert served(runner) == ["a", "a", "b", "a", "b", "b"]
+
+
+def test_nothing_is_put_off_for_ever(make_runner, clock):
+    """Ten listeners in need keep the codec busy; what nobody hears is decoded all the same."""
+    runner = make_runner(ScriptedCodec(), ramp=(1,), threaded=False)
+    runner.encode("clip", np.ones(4, np.float32))
+    runner.open("nobody", max_silence_frames=None)
+    runner.push("nobody", scripted_frames(1), final=True)
+    listeners = [f"l{index}" for index in range(10)]
+    for name in listeners:
+        runner.open(name, max_silence_frames=None)
+        runner.follow(name, Listener(speed=1.0, dry_at=clock.now))
+        runner.push(name, scripted_frames(1, 1), final=False)  # what a window looks ahead
+    order = []
+    for _ in range(14):
+        for name in listeners:
+            runner.push(name, scripted_frames(1), final=False)
+        for _ in range(10):
+            results = runner.poll()
+            order += [chunk.request_id for chunk in results.chunks]
+            order += [clip.key for clip in results.clips]
+            clock.now += 0.1
+    assert 10 <= order.index("clip") <= 20
+    assert 100 <= order.index("nobody") <= 120
+    assert min(order.count(name) for name in listeners) >= 10
+
+
+def test_an_unknown_listener_is_no_mistake(make_runner):
+    make_runner(ScriptedCodec(), threaded=False).follow("gone", Listener(1.0, 0.0))
 
 
 def test_a_codec_without_encoder_says_so(tmp_path, make_runner):

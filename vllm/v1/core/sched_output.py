@@ -14,6 +14,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm.player import Listener
 from vllm.sampling_params import SamplingParams
 
 __all__ = ["NewRequestData", "PrefillChunk", "SchedulerOutput", "StepKind"]
@@ -38,6 +39,7 @@ class NewRequestData:
     frame_limit: int  # delayed frames after which the request ends
     max_silence_frames: int | None  # None: no silence guard
     num_cached_positions: int  # first positions whose keys and values other requests computed
+    listener: Listener | None = None  # None: nobody plays the audio while it is made
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from vllm.exceptions import InvalidRequestError, PromptTooLongError
 from vllm.logger import get_logger
 from vllm.outputs import FinishReason
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.row_turns import RowTurns
 from vllm.v1.core.sched_output import NewRequestData, PrefillChunk, SchedulerOutput, StepKind
 from vllm.v1.engine.messages import (
     STEP_TOKEN_BUCKETS,
@@ -65,7 +66,8 @@ class Scheduler:
     added and finished at any time between two of these calls.
 
     Rules:
-        * A decode step makes one frame of every running request.
+        * A decode step makes one frame of every running request, unless ``RowTurns`` says that
+          some can wait.
         * A prefill step runs when enough prompts wait, or one has waited long enough, or nothing
           can decode; the step after it decodes if anything can.
         * Requests are admitted in the order of priority, then arrival, once the whole prompt and
@@ -81,6 +83,7 @@ class Scheduler:
         max_model_len: positions of one request, prompt and delayed frames together.
         enable_prefix_caching: share blocks of equal prompt beginnings.
         bos_code: code of the BOS frame; smaller codes are real ones.
+        frame_s: seconds that a frame plays.
         cache_salt: identity of the model, part of every prefix hash.
         clock: seconds, never going back; the clock of ``EngineCoreRequest.arrival_time``.
     """
@@ -94,6 +97,7 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         *,
         bos_code: int,
+        frame_s: float,
         cache_salt: bytes = b"",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -101,6 +105,7 @@ class Scheduler:
         self._config = config
         self._max_model_len = max_model_len
         self._bos_code = bos_code
+        self._frame_s = frame_s
         self._clock = clock
         self._kv_cache = KVCacheManager(
             num_blocks,
@@ -120,6 +125,8 @@ class Scheduler:
         self._num_arrivals = 0
         self._num_preemptions = 0
         self._step_sizes = _StepSizes()
+        self._row_turns = RowTurns(frame_s)
+        self._step_start_time = 0.0
 
     # Requests come and go
 
@@ -228,6 +235,7 @@ class Scheduler:
             finished=finished,
         )
         self._step_sizes.count(step.num_positions)
+        self._step_start_time = self._clock()
         return step
 
     def _extend_running(self, plan: _Plan) -> None:
@@ -352,7 +360,10 @@ class Scheduler:
     def _decoding_ids(self) -> tuple[str, ...]:
         if self._decode_ids is None:
             self._decode_ids = tuple(self._running)
-        return self._decode_ids
+        chosen = self._row_turns.choose(self._running.values(), self._clock())
+        if chosen is None:
+            return self._decode_ids
+        return tuple(request.request_id for request in chosen)
 
     # A step has run
 
@@ -360,6 +371,8 @@ class Scheduler:
         self, plan: SchedulerOutput, output: ModelRunnerOutput
     ) -> list[EngineCoreOutput]:
         """Record what a step made; returns new audio and ends, also those since the last call."""
+        if plan.decode:
+            self._row_turns.record(self._clock() - self._step_start_time)
         for request_id, error in output.errors.items():
             self.finish_requests((request_id,), FinishReason.ERROR, error)
         for chunk in plan.prefill:
@@ -410,6 +423,8 @@ class Scheduler:
         request = self._requests.get(chunk.request_id)
         if request is None:
             return
+        if request.player is not None:
+            request.player.feed(self._clock(), chunk.num_frames * self._frame_s)
         if chunk.error is not None:
             self._end(request, FinishReason.ERROR, error=chunk.error)
             return
@@ -521,6 +536,7 @@ def _new_request_data(request: Request) -> NewRequestData:
         seed=request.seed,
         frame_limit=request.frame_limit,
         max_silence_frames=request.max_silence_frames,
+        listener=request.listener,
         num_cached_positions=request.num_cached_positions,
     )
 

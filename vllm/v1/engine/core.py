@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm import envs
-from vllm.checkpoints.embedded import embedded_checkpoint
+from vllm.checkpoints.embedded import embedded_checkpoint, random_checkpoint
 from vllm.config import DEFAULT_AUDIO_TOKENIZER, EngineConfig
 from vllm.exceptions import CheckpointError, EngineError, HiggsAudioError
 from vllm.logger import get_logger
@@ -89,6 +89,8 @@ class EngineCore:
 
     def add_request(self, request: EngineCoreRequest) -> None:
         """Take a request; one that cannot run ends with an output that says why."""
+        if not self._config.scheduler.player_deadlines:
+            request = dataclasses.replace(request, listener=None)
         waiting = _WaitingForClips(request, self._pattern)
         for clip, key in waiting.missing():
             self._num_clip_queries += 1
@@ -205,6 +207,7 @@ class EngineCore:
             tokenizer_folder=str(folders.tokenizer),
             model_folder=str(folders.model),
             embedded=self._config.uses_embedded_model,
+            voices_folder=str(folders.voices or ""),
         )
 
     def _make_scheduler(self) -> Scheduler:
@@ -216,6 +219,7 @@ class EngineCore:
             self._config.model.max_model_len,
             self._config.cache.enable_prefix_caching,
             bos_code=worker.stream_bos_id,
+            frame_s=worker.hop_length / worker.sample_rate,
         )
 
     def _warm_up(self) -> None:
@@ -246,6 +250,7 @@ class _Folders:
     tokenizer: Path
     codec: Path
     clip_cache: Path
+    voices: Path | None  # presets that the model brings along
 
 
 def _resolve_folders(config: EngineConfig) -> _Folders:
@@ -253,10 +258,14 @@ def _resolve_folders(config: EngineConfig) -> _Folders:
     download_dir = Path(config.model.download_dir) if config.model.download_dir else None
     find = partial(_find_checkpoint, download_dir=download_dir)
     codec_name = config.audio.audio_tokenizer_type
-    if config.model.model is None:
-        embedded = embedded_checkpoint()
-        model, codec = embedded / "lm", embedded / "codec"
+    voices = None
+    if config.uses_embedded_model or config.uses_random_model:
+        folder = random_checkpoint() if config.uses_random_model else embedded_checkpoint()
+        model, codec = folder / "lm", folder / "codec"
+        if (folder / "voices").is_dir():
+            voices = folder / "voices"
     else:
+        assert config.model.model is not None
         model = find("--model", config.model.model, config.model.revision)
         codec_name = codec_name or DEFAULT_AUDIO_TOKENIZER
     if codec_name is not None:
@@ -267,7 +276,7 @@ def _resolve_folders(config: EngineConfig) -> _Folders:
         tokenizer = find("--tokenizer", config.model.tokenizer, None)
     cache = config.audio.clip_cache_dir
     clip_cache = Path(cache) if cache else envs.VLLM_CACHE_ROOT / "clips"
-    return _Folders(model=model, tokenizer=tokenizer, codec=codec, clip_cache=clip_cache)
+    return _Folders(model, tokenizer, codec, clip_cache, voices)
 
 
 def _find_checkpoint(

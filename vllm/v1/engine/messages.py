@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vllm.outputs import FinishReason
+from vllm.player import Listener
 from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import CodecStats
 
@@ -52,6 +53,7 @@ class EngineCoreRequest:
     max_silence_frames: int | None = None
     arrival_time: float = 0.0  # time.monotonic() of the machine
     priority: int = 0  # smaller is sooner
+    listener: Listener | None = None  # None: nobody plays the audio while it is made
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ class EngineInfo:
     dtype: str
     tokenizer_folder: str  # resolved on disk, for the API side's tokenizer
     model_folder: str
-    embedded: bool = False  # the random or trained model that ships with the package
+    embedded: bool = False  # the model that ships with the package
+    voices_folder: str = ""  # presets that the model brings along; empty: the shipped ones
 
     @property
     def frame_rate(self) -> float:

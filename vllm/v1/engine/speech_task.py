@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vllm.exceptions import PromptTooLongError
 from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
-from vllm.player import VirtualPlayer
+from vllm.player import Listener, VirtualPlayer
 from vllm.prompts import BuiltPrompt, PromptClip, SpokenTurn
 from vllm.sampling_params import SamplingParams
 from vllm.seeds import derive_seed
@@ -139,6 +139,7 @@ class SpeechTask:
             max_silence_frames=self._guards.max_silence_frames,
             arrival_time=self._arrival_time if self._index == 0 else time.monotonic(),
             priority=self._priority,
+            listener=self._listener(),
         )
 
     def absorb(self, output: EngineCoreOutput) -> SpeechOutput:
@@ -225,6 +226,13 @@ class SpeechTask:
         if self._guards.max_audio_frames is None:
             return None
         return max(0, self._guards.max_audio_frames - self._usage.audio_tokens)
+
+    def _listener(self) -> Listener | None:
+        """Who waits for the current part: since the arrival, as long as there was no audio."""
+        if self._player is None:
+            return None
+        dry_at = self._player.dry_at
+        return Listener(self._player.speed, self._arrival_time if dry_at is None else dry_at)
 
     def _frame_limit(self, part: Part, prompt: BuiltPrompt) -> tuple[int, FinishReason]:
         """Delayed frames that the part may have, and which limit that is."""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from vllm.logger import get_logger
 from vllm.model_executor.codecs.clip_cache import ClipCache
 from vllm.model_executor.codecs.streaming import DEFAULT_RAMP, Window, WindowPlan
+from vllm.player import Listener, VirtualPlayer
 from vllm.v1.outputs import AudioChunk, CodecStats, EncodedClip
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ logger = get_logger(__name__)
 
 _SILENCE_MEAN_SQUARE = 1e-6  # -60 dBFS
 _MAX_CUDA_BATCH = 32
+_PATIENCE_S = 10.0  # for which a window may stand behind others that are due sooner
+_CLIP_PATIENCE_S = 1.0  # the same for clips: somebody waits for first audio
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,11 @@ class CodecRunner:
     (``WindowPlan``). On a CPU each is decoded alone, because a convolution's bits may change with
     the batch; on CUDA windows of equal shape share a call.
 
-    Requests take turns, one window each, so none waits for another to end. Clips are encoded when
-    no window is due.
+    Requests take turns, one window each, so none waits for another to end. First comes the window
+    whose listener would hear silence soonest; what nobody listens to comes in the order of arrival,
+    and nothing is put off for longer than ``_PATIENCE_S``, clips for no longer than
+    ``_CLIP_PATIENCE_S``. Served late, a listener's next window is due later than all that waited
+    then, so everything gets its turn.
 
     Args:
         codec: where its weights are, the work is done.
@@ -81,8 +87,8 @@ class CodecRunner:
         # Everything below is guarded by this lock, which no torch operation holds.
         self._changed = threading.Condition()
         self._streams: dict[str, _Stream] = {}  # request_id -> state, until its last chunk
-        self._ready: deque[tuple[_Stream, Window]] = deque()
-        self._clips: deque[tuple[str, NDArray[np.float32]]] = deque()
+        self._ready: list[tuple[_Stream, Window]] = []
+        self._clips: deque[_Clip] = deque()
         self._chunks: list[AudioChunk] = []
         self._encoded: list[EncodedClip] = []
         self._num_running = 0
@@ -96,6 +102,13 @@ class CodecRunner:
             if request_id in self._streams:
                 raise ValueError(f"request {request_id!r} is already open")
             self._streams[request_id] = _Stream(request_id, max_silence_frames)
+
+    def follow(self, request_id: str, listener: Listener) -> None:
+        """Decode a request's windows in time for its listener. Unknown ids are fine."""
+        with self._changed:
+            stream = self._streams.get(request_id)
+            if stream is not None:
+                stream.player = VirtualPlayer(listener.speed, dry_at=listener.dry_at)
 
     def push(self, request_id: str, frames: NDArray[np.int16], *, final: bool) -> None:
         """Add real codes, delay undone, int16 [K, n]; n may be 0 with ``final``.
@@ -128,7 +141,7 @@ class CodecRunner:
     def encode(self, key: str, samples: NDArray[np.float32]) -> None:
         """Queue a mono clip, float32 [n] at the codec's rate; zeros fill up its last frame."""
         with self._changed:
-            self._clips.append((key, samples))
+            self._clips.append(_Clip(key, samples, time.monotonic() + _CLIP_PATIENCE_S))
             self._changed.notify_all()
 
     def poll(self, timeout_s: float = 0.0) -> CodecResults:
@@ -196,6 +209,7 @@ class CodecRunner:
         window = self._plan.next_window(stream.emitted, stream.num_frames, final=stream.final)
         if window is not None:
             stream.is_busy = True
+            stream.queued_at = time.monotonic()
             self._ready.append((stream, window))
         elif stream.final:  # nothing was left to decode
             empty = np.empty(0, np.float32)
@@ -205,7 +219,7 @@ class CodecRunner:
     def _end(self, request_id: str) -> None:
         stream = self._streams.pop(request_id, None)
         if stream is not None:
-            self._ready = deque(item for item in self._ready if item[0] is not stream)
+            self._ready = [item for item in self._ready if item[0] is not stream]
 
     def _fail(self, stream: _Stream, error: str) -> None:
         chunk = AudioChunk(stream.request_id, np.empty(0, np.float32), 0, final=True, error=error)
@@ -213,12 +227,15 @@ class CodecRunner:
         self._end(stream.request_id)
 
     def _take_windows(self) -> list[tuple[_Stream, Window]]:
-        """The oldest due window, with others of its shape as far as a batch holds them."""
+        """The window due first, with others of its shape as far as a batch holds them."""
         if not self._ready:
+            return []
+        self._ready.sort(key=_deadline)
+        if self._clips and self._clips[0].deadline < _deadline(self._ready[0]):
             return []
         num_frames = self._ready[0][1].num_frames
         batch: list[tuple[_Stream, Window]] = []
-        others: deque[tuple[_Stream, Window]] = deque()
+        others: list[tuple[_Stream, Window]] = []
         for item in self._ready:
             fits = len(batch) < self._max_batch and item[1].num_frames == num_frames
             (batch if fits else others).append(item)
@@ -235,6 +252,8 @@ class CodecRunner:
         cut_frame = stream.find_cut(samples.reshape(-1, hop), first_frame=window.emit_start)
         if cut_frame is not None:
             samples = samples[: (cut_frame - window.emit_start) * hop]
+        if stream.player is not None:
+            stream.player.feed(time.monotonic(), len(samples) / self._codec.sample_rate)
         is_last = stream.final and stream.emitted == stream.num_frames
         final = cut_frame is not None or is_last
         self._chunks.append(
@@ -274,7 +293,7 @@ class CodecRunner:
             self._work_once()
 
     def _work_once(self) -> bool:
-        """Decode one batch of windows, or else encode one clip. False when nothing was due."""
+        """Decode one batch of windows or encode one clip. False when nothing was due."""
         with self._changed:
             batch = self._take_windows()
             clip = None if batch or not self._clips else self._clips.popleft()
@@ -284,7 +303,7 @@ class CodecRunner:
             self._num_running += 1
         try:
             if clip is not None:
-                self._encode_clip(*clip)
+                self._encode_clip(clip.key, clip.samples)
             else:
                 self._decode_batch(batch, inputs)
         finally:
@@ -339,6 +358,15 @@ class CodecRunner:
             self._encoded.append(encoded)
 
 
+@dataclass(frozen=True, eq=False)
+class _Clip:
+    """A reference clip that waits to be encoded."""
+
+    key: str
+    samples: NDArray[np.float32]  # [num_samples]
+    deadline: float
+
+
 class _Stream:
     """Frames of one request that windows still need, and its run of silence."""
 
@@ -347,10 +375,20 @@ class _Stream:
         self.emitted = 0
         self.final = False
         self.is_busy = False  # a window is queued or running
+        self.queued_at = 0.0  # when the last one was
+        self.player: VirtualPlayer | None = None  # of the listener
         self._max_silence_frames = max_silence_frames
         self._num_silent = 0  # silent frames in a row, up to the last emitted one
         self._first = 0  # number of the first frame kept
         self._frames: NDArray[np.int16] | None = None  # [K, n]
+
+    @property
+    def deadline(self) -> float:
+        """When its queued window should be decoded."""
+        patient = self.queued_at + _PATIENCE_S
+        if self.player is None or self.player.dry_at is None:
+            return patient
+        return min(patient, self.player.dry_at)
 
     @property
     def num_frames(self) -> int:
@@ -385,6 +423,10 @@ class _Stream:
             if self._num_silent >= self._max_silence_frames:
                 return first_frame + index + 1
         return None
+
+
+def _deadline(item: tuple[_Stream, Window]) -> float:
+    return item[0].deadline
 
 
 class _Decoder:

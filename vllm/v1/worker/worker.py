@@ -122,7 +122,11 @@ class Worker:
 
     def execute_model(self, plan: SchedulerOutput, *, wait_s: float) -> ModelRunnerOutput:
         """Run one step; see ``GPUModelRunner.execute_model``."""
-        return self._runner.execute_model(plan, wait_s=wait_s)
+        output = self._runner.execute_model(plan, wait_s=wait_s)
+        for data in plan.new:
+            if data.listener is not None:
+                self._codec_runner.follow(data.request_id, data.listener)
+        return output
 
     def encode_clip(self, key: str, samples: NDArray[np.float32]) -> None:
         """Queue a reference clip; its codes come with a later step's output."""
