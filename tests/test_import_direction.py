@@ -45,7 +45,8 @@ LEVELS = {
     "vllm.v1.core": 3.1,
     "vllm.v1.sample": 3.1,
     # The boundary of the engine: plain values that the scheduler and the clients both speak.
-    "vllm.v1.engine.messages": 3.0,
+    "vllm.v1.engine.messages": 3.05,
+    "vllm.v1.metrics": 3.06,
     "vllm.v1.worker": 4.0,
     "vllm.v1.executor": 5.0,
     "vllm.v1.engine": 6.0,
