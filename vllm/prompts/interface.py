@@ -66,6 +66,9 @@ class Voice:
     duration_s: float = 0.0  # of the clip
     labels: dict[str, str] = field(default_factory=dict)
 
+    speaks: bool = True  # False: listed, but the model cannot speak it
+    is_trained: bool = False  # the model was trained on it and keeps it without any context
+    asked_for: str = ""  # id of the voice that this one stands in for, since it does not speak
 
 class Speaker(NamedTuple):
     """A voice under the name that calls it in a text: ``SPEAKER0`` for the tag ``[SPEAKER0]``."""

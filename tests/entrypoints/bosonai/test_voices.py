@@ -67,7 +67,7 @@ def test_shipped_voices_have_names_languages_and_a_default():
     assert [voice_id for voice_id, each in listed.items() if each["default"]] == ["en_woman"]
     assert set(listed["en_man"]) == {
         "id", "voice_id", "name", "description", "language", "labels", "default", "duration",
-        "uploaded",
+        "uploaded", "speaks",
     }  # fmt: skip
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vllm.entrypoints.cli_args import ServeArgs
     from vllm.sampling_params import SamplingParams
 
-__all__ = ["PreparedSpeech", "ServingAudio", "log_ignored_fields", "voice_id_of"]
+__all__ = ["PreparedSpeech", "ServingAudio", "log_ignored_fields", "voice_headers", "voice_id_of"]
 
 logger = get_logger(__name__)
 
@@ -126,7 +126,7 @@ class ServingAudio:
         kept = self._cache.find(key) if self._cache is not None and key is not None else None
         if kept is not None:
             self._synthesizer.admission.pass_by(ticket)
-            kept.extra_headers.update(ticket.headers())
+            kept.extra_headers.update(ticket.headers() | voice_headers(prepared.prompt))
             return kept
         outputs = self._synthesizer.outputs(prepared.prompt, prepared.params, ticket, player=player)
         first = await self._synthesizer.first(outputs)
@@ -138,7 +138,7 @@ class ServingAudio:
             voice_id=prepared.voice_id,
             speed=body.speed_factor,
             streaming=body.wants_stream,
-            extra_headers=ticket.headers(),
+            extra_headers=ticket.headers() | voice_headers(prepared.prompt),
         )
         if self._cache is None:
             return reply
@@ -248,6 +248,13 @@ def voice_id_of(prompt: SpeechPrompt) -> str:
     if not heard and prompt.voice is not None:
         heard = [prompt.voice]
     return ",".join(voice.voice_id for voice in heard if isinstance(voice, Voice))
+
+
+def voice_headers(prompt: SpeechPrompt) -> dict[str, str]:
+    """Which voice was asked for where another had to speak instead."""
+    heard = [prompt.voices[name] for name in prompt.named_speakers] or [prompt.voice]
+    asked = [voice.asked_for for voice in heard if isinstance(voice, Voice) and voice.asked_for]
+    return {"X-Voice-Fallback": ",".join(asked)} if asked else {}
 
 
 def log_ignored_fields(body: SamplingOptions, request_id: str) -> None:

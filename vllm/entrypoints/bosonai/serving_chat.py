@@ -32,6 +32,7 @@ from vllm.entrypoints.bosonai.serving_audio import (
     PreparedSpeech,
     ServingAudio,
     log_ignored_fields,
+    voice_headers,
     voice_id_of,
 )
 from vllm.entrypoints.bosonai.speech_reply import (
@@ -132,7 +133,7 @@ class ServingChat:
             audio_format=lookup(body.audio_format),
             voice_id=prepared.voice_id,
             streaming=bool(body.stream),
-            extra_headers=ticket.headers(),
+            extra_headers=ticket.headers() | voice_headers(prepared.prompt),
         )
         answer = _Answer(
             reply,

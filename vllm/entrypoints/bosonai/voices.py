@@ -60,7 +60,7 @@ OPENAI_VOICE_ALIASES = {
 _TEXT_KEYS = ("transcript", "audio_file", "system_prompt", "scene", "language", "description")
 _KEY_TYPES: dict[str, type] = {
     **dict.fromkeys((*_TEXT_KEYS, "name", "codes_file"), str),
-    "default": bool,
+    **dict.fromkeys(("default", "speaks", "trained"), bool),
 }
 
 _ANY_RATE_HZ = 24_000  # where no codec is loaded; lengths are shown in seconds
@@ -160,7 +160,7 @@ class VoiceLibrary:
     ) -> VoiceLibrary:
         """Voices as the codec of a loaded engine takes them; raises as the constructor does."""
         library = cls(
-            folder,
+            folder or (Path(info.voices_folder) if info.voices_folder else None),
             sample_rate=info.sample_rate,
             hop_length=info.hop_length,
             codec_fingerprint=info.codec_fingerprint,
@@ -230,6 +230,8 @@ class VoiceLibrary:
     def resolve(self, voice: str | Mapping[str, Any] | None = None) -> Voice:
         """Voice of an id, an alias or ``{"id": ...}``; None is the default voice.
 
+        For a voice that does not speak it is the default voice, whose ``asked_for`` names the other.
+
         Raises:
             UnknownVoiceError: there is none of that name; the message lists the presets.
             InvalidRequestError: not a name, or the codec cannot encode and there are no codes.
@@ -245,6 +247,8 @@ class VoiceLibrary:
                 f"voice {name!r} is unknown; available are {self._offer(snapshot)}",
                 param="voice",
             )
+        if not resolved.speaks:
+            return replace(snapshot.voices[default_id], asked_for=resolved.voice_id)
         needs_encoding = resolved.clip is not None and resolved.clip.samples is not None
         if needs_encoding and not self._can_encode:
             raise InvalidRequestError(
@@ -352,15 +356,22 @@ class VoiceLibrary:
         return _Snapshot(voices, default_id, stamp)
 
     def _choose_default(self, voices: dict[str, Voice]) -> str:
-        first = next(iter(voices))
+        first = next((name for name, voice in voices.items() if voice.speaks), None)
+        if first is None:
+            raise ConfigError("none of the voices speaks")
         marked = [name for name, voice in voices.items() if voice.is_default]
         if self._default_voice is None:
-            return marked[0] if marked else first
+            return marked[0] if marked and voices[marked[0]].speaks else first
         chosen = _find(self._default_voice, voices, fallback=first)
         if chosen is None:
             raise ConfigError(
                 f"--default-voice {self._default_voice}: there is no such preset; {self._folder} "
                 f"has {_shortened(list(voices))}, and OpenAI's names are known too"
+            )
+        if not voices[chosen].speaks:
+            raise ConfigError(
+                f"--default-voice {self._default_voice}: the model cannot speak voice {chosen!r}; "
+                f"take one that it speaks, such as {first!r}"
             )
         return chosen
 
@@ -377,6 +388,8 @@ class VoiceLibrary:
             system_prompt=entry.get("system_prompt"),
             scene=entry.get("scene"),
             is_default=entry.get("default", False),
+            speaks=entry.get("speaks", True),
+            is_trained=entry.get("trained", False),
             duration_s=duration_s,
             labels={"language": language},
         )
@@ -441,6 +454,7 @@ def _list_entry(voice: Voice, *, is_upload: bool) -> dict[str, Any]:
         "language": voice.language,
         "labels": voice.labels,
         "default": voice.is_default,
+        "speaks": voice.speaks,
         "duration": round(voice.duration_s, 3),
         "uploaded": is_upload,
     }
@@ -513,7 +527,8 @@ def _check_entry(voice_id: str, entry: object) -> None:
         )
     if "codes_file" in entry and "audio_file" not in entry:
         raise ConfigError(f"voice {voice_id!r}: codes_file needs the audio_file that it encodes")
-    if not entry.keys() & {"audio_file", "scene", "system_prompt"}:
+    needs_sound = entry.get("speaks", True) and not entry.get("trained", False)
+    if needs_sound and not entry.keys() & {"audio_file", "scene", "system_prompt"}:
         raise ConfigError(
             f"voice {voice_id!r} says nothing of its sound; "
             "give transcript and audio_file, scene or system_prompt"

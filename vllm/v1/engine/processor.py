@@ -87,8 +87,10 @@ class Processor:
             voice = speakers[0].voice if speakers else self._voice(prompt)
             self._check_history(prompt.history)
             parts = self._text_parts(prompt, voice, speakers)
-            has_clips = all(each.clip is not None for each in _voices_of(voice, speakers))
-            keeps_voice = not has_clips and not prompt.history
+            is_kept = all(
+                each.clip is not None or each.is_trained for each in _voices_of(voice, speakers)
+            )
+            keeps_voice = not is_kept and not prompt.history
         is_guarded = not prompt.is_raw and params.eos_rule == "strict"
         if not is_guarded:
             parts = [dataclasses.replace(part, max_frames=None) for part in parts]
