@@ -14,7 +14,7 @@ from vllm.outputs import FinishReason
 from vllm.prompts import SpeechPrompt
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.engine.messages import ClipData, EngineCoreRequest
+from vllm.v1.engine.messages import ClipData, EngineCoreOutput, EngineCoreRequest
 
 Build = Callable[..., EngineCoreRequest]
 LONG_TEXT = "This is the first sentence of a text. " * 12
@@ -87,6 +87,16 @@ def test_text_length_guard(make_driver: Callable[..., Any]) -> None:
     )  # 4 s and 0.3 s for each of 3 characters, 25 a second
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.3, 1.0])
+def test_every_temperature_ends_and_says_why(
+    make_driver: Callable[..., Any], temperature: float
+) -> None:
+    params = SamplingParams(seed=1, temperature=temperature)
+    last = make_driver().speak(SpeechPrompt(text="Hi."), params)[-1]
+    assert last.finish_reason in (FinishReason.STOP, FinishReason.SILENCE, FinishReason.TEXT_LENGTH)
+    assert 0 < last.usage.audio_tokens <= 123  # as below
+
+
 def test_max_audio_guard_holds_over_all_parts(make_driver: Callable[..., Any]) -> None:
     driver = make_driver(max_audio_seconds=2.0)
     items = driver.speak(SpeechPrompt(text=LONG_TEXT), SamplingParams(seed=1))
@@ -136,6 +146,36 @@ def test_long_text_is_spoken_in_parts_with_their_own_seeds(make_driver: Callable
     np.testing.assert_array_equal(*joined)
     assert sum(item.finished for item in first) == 1
     assert joined[0].size == first[-1].usage.audio_tokens * 960
+
+
+def test_ten_thousand_characters_are_one_stream_of_one_voice(
+    make_driver: Callable[..., Any],
+) -> None:
+    sentence = "Sentence number {:03d} is neither a long one nor a short one. "
+    text = "".join(sentence.format(index) for index in range(180))
+    assert len(text) > 10_000
+    prompt, params = SpeechPrompt(text=text), SamplingParams(seed=5)
+    processor = make_driver(max_model_len=2048).processor
+    task, again = (processor.process("r", prompt, params) for _ in range(2))
+    codes = np.arange(16, dtype=np.int16)  # two frames
+    requests = []
+    while task.finish_reason is None:
+        requests.append(task.next_request())
+        output = EngineCoreOutput(
+            task.core_id, codes=codes.tobytes(), finish_reason=FinishReason.STOP
+        )
+        items = task.absorb(output)
+    assert items.usage.audio_tokens == 2 * len(requests)
+    parts = [part.text for part in task._parts]
+    assert len(parts) == len(requests) > 20
+    assert all(part.strip().endswith(".") for part in parts)  # cut between sentences only
+    assert " ".join(parts).split() == text.split()
+    assert len({request.seed for request in requests}) == len(requests)
+    assert again.next_request().seed == requests[0].seed
+    # No voice was named, so the first part's is kept: its audio is in every later prompt.
+    kept = {request.clips[0].codes for request in requests[1:]}
+    assert not requests[0].clips
+    assert len(kept) == 1
 
 
 def test_pieces_without_words_are_passed_over(make_driver: Callable[..., Any]) -> None:
