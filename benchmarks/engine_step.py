@@ -2,8 +2,8 @@
 
 The parts are timed from outside, by wrapping methods of the engine: ``schedule``, ``prepare``
 (rows, block tables, metadata), ``forward`` (embedding and model), ``sample`` (head, sampler,
-stream state); ``output`` is the rest of ``EngineCore.step``. The codec is replaced by one that
-decodes nothing, and sampling is the default (top-k, top-p, RAS).
+stream state); ``output`` is the rest of ``EngineCore.step``. A native step is all ``forward``. The
+codec is replaced by one that decodes nothing, and sampling is the default (top-k, top-p, RAS).
 
     python -m benchmarks.engine_step
     python -m benchmarks.engine_step --sizes tiny --json out.json --plot out.png
@@ -49,6 +49,8 @@ class StepTimer:
         self._wrap(core._scheduler, "schedule", "schedule", keep_result=True)
         for name in ("_update_states", "_prepare_decode", "_decode_metadata"):
             self._wrap(runner, name, "prepare")
+        if runner._native_step is not None:
+            self._wrap(runner, "_native_step", "forward")
         self._wrap(runner._state, "embed_last_content", "forward")
         self._wrap(runner._model, "forward", "forward")
         self._wrap(runner._state, "next_content", "sample")

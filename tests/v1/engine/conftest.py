@@ -13,6 +13,7 @@ import pytest
 from vllm.checkpoints.make_codec import make_codec
 from vllm.checkpoints.make_model import make_model
 from vllm.config import EngineConfig
+from vllm.kernels import native
 from vllm.outputs import FinishReason, SpeechOutput
 from vllm.prompts import SpeechPrompt, Voice
 from vllm.sampling_params import SamplingParams
@@ -59,6 +60,18 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def checkpoint(checkpoints: dict[str, Path]) -> Path:
     return checkpoints["transformers"]
+
+
+@pytest.fixture(params=["native", "torch"])
+def decode_path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs a test once with native decode steps and once with torch's."""
+    if request.param == "torch":
+        with native.disabled():
+            yield
+        return
+    if native.library() is None:
+        pytest.skip("the native library is not built")
+    yield
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from vllm.v1.core.row_turns import RowTurns
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.messages import ClipData, EngineCoreRequest
 
+pytestmark = pytest.mark.usefixtures("decode_path")
+
 _BLOCK_BYTES = 16 * 2 * 2 * 2 * 16 * 4  # positions x K and V x layers x heads x width x float32
 
 

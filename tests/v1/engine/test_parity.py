@@ -14,6 +14,8 @@ from vllm import LLM, SamplingParams, SpeechPrompt
 from vllm.checkpoint_config import HiggsAudioConfig
 from vllm.model_executor.framing import DelayPattern
 
+pytestmark = pytest.mark.usefixtures("decode_path")
+
 NUM_FRAMES = 200
 GREEDY = SamplingParams(
     temperature=0.0, ras_window_length=0, max_tokens=NUM_FRAMES, eos_rule="reference"

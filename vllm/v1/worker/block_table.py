@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["BlockTable"]
@@ -32,6 +33,11 @@ class BlockTable:
         if not self._is_shared:
             self._mirror = self._mirror.to(device)
         self._stale_rows: set[int] = set()
+
+    @property
+    def host(self) -> NDArray[np.int64]:
+        """Table of all rows, [max_num_rows, max_num_blocks]; not to be written to."""
+        return self._host
 
     def append(self, row: int, block_ids: Sequence[int]) -> None:
         """Add blocks behind those that the row has."""

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import torch
 
+from vllm.kernels.sampler import SamplingMemory
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample import RowSettings, SamplingMetadata
 
@@ -48,6 +49,11 @@ class InputBatch:
     def rows(self) -> Mapping[str, int]:
         """Row of each request, read-only."""
         return MappingProxyType(self._rows)
+
+    @property
+    def sampling_memory(self) -> SamplingMemory:
+        """Settings of all rows, for native code."""
+        return self._settings.memory
 
     def add_request(self, req_id: str, params: SamplingParams, seed: int) -> int:
         """Give ``req_id`` a row and return it.

@@ -23,7 +23,6 @@ from vllm.model_executor.framing import DelayFraming
 from vllm.model_executor.models.interface import SpeechModel
 from vllm.v1.core.sched_output import NewRequestData, SchedulerOutput, StepKind
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.sample import SamplingMetadata
 from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.codec_runner import CodecRunner
 from vllm.v1.worker.gpu_input_batch import InputBatch
@@ -61,9 +60,8 @@ class _DecodeBatch:
     """What stays the same while the same requests are decoded."""
 
     request_ids: tuple[str, ...]
-    rows: NDArray[np.int64]  # [num_reqs]
-    device_rows: Tensor  # int64 [num_reqs]
-    metadata: SamplingMetadata
+    row_ids: tuple[int, ...]  # [num_reqs]
+    rows: NDArray[np.int64]  # [num_reqs], the same
 
 
 class GPUModelRunner:
@@ -103,6 +101,9 @@ class GPUModelRunner:
         self._swapped: dict[str, _Swapped] = {}  # req_id -> what lies on the host
         self._num_positions = np.zeros(max_num_seqs, np.int64)  # [rows], keys and values written
         self._decode_batch: _DecodeBatch | None = None
+        self._native_step = state.native_step(
+            kv_caches, self._block_table.host, self._num_positions, self._batch.sampling_memory
+        )
         # Frames on their way to the codec, and the number of them at which a window is due.
         shape = (max_num_seqs, _PENDING_FRAMES, state.num_codebooks)
         self._pending = np.zeros(shape, np.int16)
@@ -263,36 +264,35 @@ class GPUModelRunner:
 
     def _decode(self, request_ids: tuple[str, ...]) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
         batch = self._prepare_decode(request_ids)
-        positions = self._num_positions[batch.rows]
-        metadata = self._decode_metadata(batch, positions)
-        device_positions = metadata.context_lens - 1
-        hidden = self._state.embed_last_content(batch.device_rows)
-        with set_forward_context(metadata, self._kv_caches):
-            hidden = self._model.forward(hidden, device_positions, 0)
-        content = self._state.next_content(hidden, batch.device_rows, batch.metadata)
-        frames, status = _to_host(content.frames, content.status)
-        self._num_positions[batch.rows] = positions + 1
+        if self._native_step is not None:
+            frames, status = self._native_step(batch.rows)
+        else:
+            frames, status = self._torch_step(batch)
+        self._num_positions[batch.rows] += 1
         self._collect(batch, frames, status)
         return frames, status
 
     def _prepare_decode(self, request_ids: tuple[str, ...]) -> _DecodeBatch:
-        """Rows and settings, kept from the last step while nothing changed."""
+        """Rows, kept from the last step while nothing changed."""
         batch = self._decode_batch
         if batch is None or batch.request_ids != request_ids:
-            rows = [self._requests[request_id].row for request_id in request_ids]
-            metadata = self._batch.sampling_metadata(rows)
-            batch = _DecodeBatch(
-                request_ids=request_ids,
-                rows=np.asarray(rows, np.int64),
-                device_rows=metadata.rows,
-                metadata=metadata,
-            )
+            rows = tuple(self._requests[request_id].row for request_id in request_ids)
+            batch = _DecodeBatch(request_ids, rows, np.asarray(rows, np.int64))
             self._decode_batch = batch
         return batch
 
-    def _decode_metadata(self, batch: _DecodeBatch, positions: NDArray[np.int64]) -> DecodeMetadata:
+    def _torch_step(self, batch: _DecodeBatch) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+        sampling = self._batch.sampling_metadata(batch.row_ids)
+        metadata = self._decode_metadata(sampling.rows, self._num_positions[batch.rows])
+        hidden = self._state.embed_last_content(sampling.rows)
+        with set_forward_context(metadata, self._kv_caches):
+            hidden = self._model.forward(hidden, metadata.context_lens - 1, 0)
+        content = self._state.next_content(hidden, sampling.rows, sampling)
+        return _to_host(content.frames, content.status)
+
+    def _decode_metadata(self, rows: Tensor, positions: NDArray[np.int64]) -> DecodeMetadata:
         max_context_len = int(positions.max()) + 1
-        tables = self._block_table.rows(batch.device_rows, -(-max_context_len // self._block_size))
+        tables = self._block_table.rows(rows, -(-max_context_len // self._block_size))
         last = torch.from_numpy(positions).to(self._device)
         blocks = tables.gather(1, (last // self._block_size)[:, None])[:, 0]
         return DecodeMetadata(

@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm.kernels.decode_step import DecoderRows, DecodeStep, can_decode
+from vllm.kernels.sampler import SamplingMemory
 from vllm.model_executor.framing import DelayFraming, DelayPattern
 from vllm.model_executor.heads import CodebookState
 from vllm.model_executor.models.interface import SpeechModel
@@ -78,6 +80,23 @@ class ModelState(Protocol):
 
     def next_content(self, hidden: Tensor, rows: Tensor, metadata: SamplingMetadata) -> NextContent:
         """Sample each row's next frame from its hidden state and advance the row."""
+        ...
+
+    def native_step(
+        self,
+        kv_caches: Sequence[Tensor],
+        block_tables: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        sampling: SamplingMemory,
+    ) -> DecodeStep | None:
+        """What takes decode steps in one native call; None where torch has to take them.
+
+        Args:
+            kv_caches: one per layer.
+            block_tables: of all rows, [max_num_rows, max_blocks].
+            positions: [max_num_rows], where each row's last content goes.
+            sampling: settings of all rows.
+        """
         ...
 
     def make_framing(self) -> DelayFraming:
@@ -154,6 +173,28 @@ class CodebookModelState:
         history = self._head.recent(rows, width) if width else None
         frames = self._sampler(logits, metadata, next_frame, history)
         return NextContent(frames, self._head.advance(rows, frames))
+
+    def native_step(
+        self,
+        kv_caches: Sequence[Tensor],
+        block_tables: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        sampling: SamplingMemory,
+    ) -> DecodeStep | None:
+        spec = self._model.spec
+        is_served = can_decode(
+            self._device, spec.dtype, head_dim=spec.head_dim, codebook_size=spec.codebook_size
+        )
+        if not is_served:
+            return None
+        rows = DecoderRows(
+            kv_caches=kv_caches,
+            block_tables=block_tables,
+            positions=positions,
+            streams=self._head.memory,
+            sampling=sampling,
+        )
+        return DecodeStep(self._model.decoder_weights(), rows)
 
     def make_framing(self) -> DelayFraming:
         framing = DelayFraming(self._pattern)
