@@ -116,6 +116,32 @@ def test_all_openai_names_resolve():
     }
 
 
+def test_a_voice_that_does_not_speak_is_stood_in_for_by_the_default(tmp_path):
+    entries = {"a": {"speaks": False}, "b": {"scene": "Outside."}}
+    library = make_library(write_presets(tmp_path, entries))
+    found = library.resolve("a")
+    assert (found.voice_id, found.asked_for, found.scene) == ("b", "a", "Outside.")
+    assert library.resolve("b").asked_for == ""
+    assert [(each["id"], each["speaks"]) for each in library.list()] == [("a", False), ("b", True)]
+
+
+def test_the_default_voice_must_speak(tmp_path):
+    folder = write_presets(tmp_path, {"a": {"speaks": False}, "b": {"scene": "Outside."}})
+    with pytest.raises(ConfigError, match="cannot speak voice 'a'.*such as 'b'"):
+        make_library(folder, default_voice="a")
+
+
+def test_voices_none_of_which_speaks_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="none of the voices speaks"):
+        make_library(write_presets(tmp_path, {"a": {"speaks": False}}))
+
+
+def test_a_trained_voice_needs_neither_clip_nor_scene(tmp_path):
+    voice = make_library(write_presets(tmp_path, {"a": {"trained": True}})).resolve("a")
+    assert voice.is_trained
+    assert voice.clip is None
+
+
 def test_alias_without_its_voice_means_the_default(tmp_path):
     library = make_library(write_presets(tmp_path, {"other": CLIP}))
     assert library.resolve("alloy").voice_id == "other"
@@ -291,11 +317,33 @@ def test_files_are_not_looked_at_before_the_interval_is_over(tmp_path):
 
 def test_library_for_an_engine_suits_its_codec():
     info = SimpleNamespace(
-        sample_rate=48000, hop_length=1920, codec_fingerprint="x", num_codebooks=8, can_encode=True
+        sample_rate=48000,
+        hop_length=1920,
+        codec_fingerprint="x",
+        num_codebooks=8,
+        can_encode=True,
+        voices_folder="",
     )
     clip = VoiceLibrary.for_engine(info, default_voice="de_man").resolve().clip
     assert clip.num_frames == 137  # 5.46 s at 25 frames a second
     assert len(clip.samples) == 137 * 1920
+
+
+def test_a_model_that_brings_voices_along_speaks_those_unless_a_folder_is_given(tmp_path):
+    own, given = tmp_path / "own", tmp_path / "given"
+    for folder, voice in ((own, "a"), (given, "b")):
+        folder.mkdir()
+        write_presets(folder, {voice: {"scene": "Outside."}})
+    info = SimpleNamespace(
+        sample_rate=24000,
+        hop_length=HOP,
+        codec_fingerprint="x",
+        num_codebooks=8,
+        can_encode=False,
+        voices_folder=str(own),
+    )
+    assert VoiceLibrary.for_engine(info).names == ["a"]
+    assert VoiceLibrary.for_engine(info, folder=given).names == ["b"]
 
 
 def test_library_needs_neither_web_framework_nor_torch():
