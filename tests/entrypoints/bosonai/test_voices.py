@@ -127,7 +127,7 @@ def test_a_voice_that_does_not_speak_is_stood_in_for_by_the_default(tmp_path):
 
 def test_the_default_voice_must_speak(tmp_path):
     folder = write_presets(tmp_path, {"a": {"speaks": False}, "b": {"scene": "Outside."}})
-    with pytest.raises(ConfigError, match="cannot speak voice 'a'.*such as 'b'"):
+    with pytest.raises(ConfigError, match=r"cannot speak voice 'a'.*such as 'b'"):
         make_library(folder, default_voice="a")
 
 
