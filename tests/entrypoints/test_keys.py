@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from vllm.entrypoints.bosonai.api_server import build_app
 from vllm.entrypoints.bosonai.engine_host import EngineHost
 from vllm.entrypoints.bosonai.middleware import OPEN_PATHS
 from vllm.entrypoints.cli_args import parse_serve_args
+from vllm.exceptions import EngineError
 
 KEY = {"Authorization": "Bearer one"}
 SPEECH = {"input": "Hi.", "response_format": "pcm"}
@@ -86,15 +90,137 @@ def test_requests_at_once(start_server: Any, fake_engine: Any) -> None:
         waiting.wait(0.01)
 
 
+SECRETS = {
+    "/v1/audio/speech": {"input": "a secret text", "instructions": "a secret wish", "odd": 1},
+    "/v1/audio/speech/batch": {"items": [{"input": "a secret text"}, {"input": ""}]},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a secret text"}]},
+    "/generate": {"text": "a secret text", "system_prompt": "a secret wish"},
+    "/generate/batch": [{"text": "a secret text"}],
+}
+SECRET_KEY = {"Authorization": "Bearer one-secret-key"}
+
+
+class Log(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def text(self) -> str:
+        return "\n".join(record.getMessage() for record in self.records)
+
+    def lines(self, count: int) -> list[dict[str, str]]:
+        """Fields of so many lines of requests; they are written after the replies."""
+        until = time.monotonic() + 10
+        while len(found := [r for r in self.records if r.name == "vllm.requests"]) < count:
+            assert time.monotonic() < until, self.text()
+            time.sleep(0.005)
+        assert len(found) == count
+        return [
+            {"id": r.request_id, **dict(re.findall(r'(\w+)=(".*"|\S+)', r.getMessage()))}
+            for r in found
+        ]
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    """What the package and the HTTP server log, down to debug."""
+    handler = Log()
+    loggers = [logging.getLogger(name) for name in ("vllm", "uvicorn", "uvicorn.access")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+    yield handler
+    for logger, level in zip(loggers, before, strict=True):
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def send_secrets(server: Any) -> None:
+    for path, body in SECRETS.items():
+        server.client.post(path, json=body, headers=SECRET_KEY)
+        wrong = {"input": "a secret text", "speed": 9, "text": "a secret text", "top_k": 1000}
+        server.client.post(path, json=wrong, headers=SECRET_KEY)
+        broken = {**SECRET_KEY, "Content-Type": "application/json"}
+        server.client.post(path, content=b'{"input": "a secret', headers=broken)
+        server.client.post(path, json=body, headers={"Authorization": "Bearer wrong-secret"})
+    server.client.get("/v1/models", headers={"X-Api-Key": "one-secret-key"})
+
+
+@pytest.mark.parametrize("flags", [(), ("--enable-log-requests",)])
 def test_neither_keys_nor_texts_are_logged(
-    start_server: Any, caplog: pytest.LogCaptureFixture
+    start_server: Any, log: Log, flags: tuple[str, ...]
 ) -> None:
-    server = start_server(None, "--api-key", "one-secret-key")
-    logging.getLogger("vllm").addHandler(caplog.handler)
-    headers = {"Authorization": "Bearer one-secret-key"}
-    with caplog.at_level(logging.DEBUG, logger="vllm"):
-        for body in ({"input": "a secret text", "odd": 1}, {"input": "a secret text", "speed": 9}):
-            server.client.post("/v1/audio/speech", json=body, headers=headers)
-    logging.getLogger("vllm").removeHandler(caplog.handler)
-    assert "odd" in caplog.text
-    assert "secret" not in caplog.text
+    send_secrets(start_server(None, "--api-key", "one-secret-key", *flags))
+    if flags:
+        log.lines(4 * len(SECRETS))
+    assert "odd" in log.text()
+    assert "secret" not in log.text()
+
+
+def test_requests_are_logged_by_line(start_server: Any, log: Log) -> None:
+    server = start_server(None, "--log-requests")
+    body = {"input": "Hello.", "seed": 5, "voice": "onyx", "request_id": "mine"}
+    assert server.client.post("/v1/audio/speech", json=body).status_code == 200
+    (line,) = log.lines(1)
+    assert {name: line.pop(name) for name in ("seconds", "queue_seconds", "first_audio_seconds")}
+    assert line == {
+        "id": "mine",
+        "route": "/v1/audio/speech",
+        "status": "200",
+        "voice": "en_man",
+        "characters": "6",
+        "seed": "5",
+        "finish_reason": "stop",
+        "audio_seconds": "0.48",
+    }
+
+
+def test_refused_requests_are_logged_too(start_server: Any, log: Log) -> None:
+    server = start_server(None, "--enable-log-requests", "--api-key", "one")
+    headers = {"Authorization": "Bearer one"}
+    server.client.post("/v1/audio/speech", json={"input": ""}, headers=headers)
+    server.client.post("/v1/audio/speech", json={"input": "Hi."})
+    server.client.post("/no%0Awhere", json={}, headers=headers)
+    assert [(line["route"], line["status"]) for line in log.lines(3)] == [
+        ("/v1/audio/speech", "400"),
+        ('"/v1/audio/speech"', "401"),
+        ('"/no\\nwhere"', "404"),
+    ]
+
+
+def test_each_text_of_a_batch_has_a_line(start_server: Any, log: Log) -> None:
+    server = start_server(None, "--enable-log-requests")
+    items = [{"input": "One."}, {"input": "Three."}]
+    server.client.post("/v1/audio/speech/batch", json={"items": items})
+    assert sorted(line["characters"] for line in log.lines(2)) == ["4", "6"]
+
+
+@pytest.mark.parametrize(
+    ("length", "shown"), [("0", None), ("4", '"A\\n\\"b…"'), ("99", '"A\\n\\"b c"')]
+)
+def test_texts_are_logged_as_far_as_asked_for(
+    start_server: Any, log: Log, length: str, shown: str | None
+) -> None:
+    server = start_server(None, "--enable-log-requests", "--max-log-len", length)
+    server.client.post("/v1/audio/speech", json={"input": 'A\n"b c'})
+    assert [line.get("text") for line in log.lines(1)] == [shown]
+
+
+def test_a_reply_that_breaks_off_is_logged_as_incomplete(
+    start_server: Any, fake_engine: Any, log: Log
+) -> None:
+    server = start_server(fake_engine(fail_after=EngineError("broken")), "--enable-log-requests")
+    with pytest.raises(httpx.RemoteProtocolError):
+        server.client.post("/v1/audio/speech", json={"input": "Hello."})
+    (line,) = log.lines(1)
+    assert (line["status"], line["finish_reason"], line["audio_seconds"]) == (
+        "200",
+        "incomplete",
+        "0.16",
+    )

@@ -91,6 +91,9 @@ def test_flags(code_spans: set[str]) -> None:
 def test_no_flag_is_invented(code_spans: set[str]) -> None:
     parts = (ServerConfig, *get_type_hints(EngineConfig).values())
     known = {f"--{f.name.replace('_', '-')}" for p in parts for f in dataclasses.fields(p)}
+    known |= {
+        also for p in parts for f in dataclasses.fields(p) for also in f.metadata.get("also", ())
+    }
     known |= {*IGNORED_FLAGS, *REFUSED_FLAGS, "--no-...", "--model"}
     known |= {name for names in PARALLEL_SIZES for name in names}
     named = {span for span in code_spans if re.fullmatch(r"--[\w.-]+", span)}

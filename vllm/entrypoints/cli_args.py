@@ -130,7 +130,6 @@ REFUSED_FLAGS: dict[str, str] = {
     "--enable-prompt-tokens-details": "usage is in the headers and in the SSE done event",
     "--enable-server-load-tracking": "read vllm:num_requests_running from /metrics",
     "--disable-log-stats": "nothing is logged per interval; read /metrics",
-    "--max-log-len": "prompts are not logged",
     "--enable-sleep-mode": "stop the server to free the card",
     "--enable-ssl-refresh": "restart the server when certificates change",
     "--disable-frontend-multiprocessing": "use vllm.LLM to run the engine in your process",
@@ -165,7 +164,6 @@ REFUSED_FLAGS: dict[str, str] = {
     "--uds": "--host and --port",
     "--log-config-file": "set VLLM_LOGGING_LEVEL",
     "--log-error-stack": "set VLLM_LOGGING_LEVEL",
-    "--enable-log-requests": "requests are not logged; read /metrics",
     "--config": "write the flags on the command line",
 }
 
@@ -285,6 +283,7 @@ def _add_fields(group: argparse._ArgumentGroup, part: type[Any]) -> None:
     for item in dataclasses.fields(part):
         group.add_argument(
             flag_name(item.name),
+            *item.metadata.get("also", ()),
             default=list(item.default) if isinstance(item.default, tuple) else item.default,
             help=item.metadata["help"].replace("%", "%%"),
             **_argument_form(hints[item.name], dict(item.metadata)),

@@ -33,6 +33,7 @@ _NOT_NEGATIVE = (
     "requests_per_minute",
     "max_requests_per_key",
     "max_input_chars",
+    "max_log_len",
 )
 _ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/\s]+")
 _METHOD = re.compile(r"[A-Z]+")
@@ -113,6 +114,14 @@ class ServerConfig:
     )
     uvicorn_log_level: Literal["debug", "info", "warning", "error", "critical", "trace"] = _option(
         "info", "log level of the HTTP server"
+    )
+    enable_log_requests: bool = _option(
+        False,
+        "one line of the log for each request that speaks, without texts and keys",
+        also=("--log-requests",),
+    )
+    max_log_len: int = _option(
+        0, "characters of a text that such a line shows as well; 0 shows none"
     )
     disable_uvicorn_access_log: bool = _option(False, "no line per request")
     disable_fastapi_docs: bool = _option(False, "no /docs, /redoc and /openapi.json")

@@ -18,6 +18,7 @@ from vllm.exceptions import InvalidRequestError
 from vllm.prompts.splitting import speaker_tags
 
 __all__ = [
+    "CLONED_VOICE",
     "SCENE_VOICE",
     "BuiltPrompt",
     "PromptBuilder",
@@ -29,6 +30,7 @@ __all__ = [
     "VoiceSource",
     "is_voice_described",
     "resolve_voices",
+    "voice_id_of",
 ]
 
 _SPEAKER = re.compile(r"SPEAKER\d{1,3}")
@@ -70,12 +72,16 @@ class Voice:
     is_trained: bool = False  # the model was trained on it and keeps it without any context
     asked_for: str = ""  # id of the voice that this one stands in for, since it does not speak
 
+
 class Speaker(NamedTuple):
     """A voice under the name that calls it in a text: ``SPEAKER0`` for the tag ``[SPEAKER0]``."""
 
     name: str
     voice: Voice
 
+
+#: What the voice of a clip that a request brings along is called.
+CLONED_VOICE = "custom"
 
 #: What speaks where a scene describes the voice: the model chooses one that fits.
 SCENE_VOICE = Voice(voice_id="scene", name="Scene")
@@ -193,6 +199,16 @@ class SpeechPrompt:
     def is_raw(self) -> bool:
         """True when the caller built the prompt; guards that rest on the text are off then."""
         return self.prompt_token_ids is not None
+
+
+def voice_id_of(prompt: SpeechPrompt) -> str:
+    """Id of the voice that is heard; ids of several with commas between them."""
+    if prompt.ref_audio is not None:
+        return CLONED_VOICE
+    heard = [prompt.voices[name] for name in prompt.named_speakers]
+    if not heard and prompt.voice is not None:
+        heard = [prompt.voice]
+    return ",".join(voice.voice_id for voice in heard if isinstance(voice, Voice))
 
 
 @dataclass(frozen=True, eq=False)

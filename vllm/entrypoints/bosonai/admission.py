@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vllm.entrypoints.bosonai.request_log import SpeechRecord
 from vllm.exceptions import InvalidRequestError, OverloadedError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Ticket:
     num_queued: int = 0  # at arrival, this one included
     is_running: bool = False
     is_cancelled: bool = False
+    record: SpeechRecord = field(default_factory=SpeechRecord, repr=False)  # for the log
 
     @property
     def num_open(self) -> int:
@@ -216,13 +218,15 @@ def make_ticket(
         InvalidRequestError: the timeout header is not a number of seconds above 0.
     """
     limits = (timeout_s, _header_timeout(raw), config.request_timeout)
-    return Ticket(
+    ticket = Ticket(
         client_id=request_id or raw.state.request_id,
         owner=owner_of(raw, config),
         priority=priority or 0,
         timeout_s=min(filter(None, limits), default=None),
         uses_cache=not _NO_CACHE.search(raw.headers.get("cache-control", "")),
     )
+    raw.scope["state"].setdefault("records", []).append(ticket.record)
+    return ticket
 
 
 def ticket_maker(raw: Request, config: ServerConfig) -> Callable[[SamplingOptions], Ticket]:

@@ -39,6 +39,7 @@ from vllm.entrypoints.bosonai.middleware import (
 )
 from vllm.entrypoints.bosonai.proxy_routes import PROXY_HEADERS, add_proxy_routes
 from vllm.entrypoints.bosonai.reference_audio import ReferenceAudioLoader
+from vllm.entrypoints.bosonai.request_log import RequestLogMiddleware
 from vllm.entrypoints.bosonai.response_cache import CACHE_HEADERS, ResponseCache
 from vllm.entrypoints.bosonai.service_routes import add_service_routes
 from vllm.entrypoints.bosonai.serving_audio import ServingAudio
@@ -180,6 +181,8 @@ def _add_middleware(app: FastAPI, args: ServeArgs) -> None:
         allow_credentials=config.allow_credentials,
         expose_headers=_EXPOSED_HEADERS,
     )
+    if config.enable_log_requests:
+        app.add_middleware(RequestLogMiddleware, max_text=config.max_log_len)
     app.add_middleware(RequestIdMiddleware)
 
 

@@ -26,18 +26,23 @@ from vllm.entrypoints.openai.protocol import AudioSpeechRequest, SamplingOptions
 from vllm.exceptions import InvalidRequestError, ModelNotFoundError
 from vllm.logger import get_logger
 from vllm.player import VirtualPlayer
-from vllm.prompts import SCENE_VOICE, SpeechPrompt, Voice, is_voice_described, resolve_voices
+from vllm.prompts import (
+    SCENE_VOICE,
+    SpeechPrompt,
+    Voice,
+    is_voice_described,
+    resolve_voices,
+    voice_id_of,
+)
 
 if TYPE_CHECKING:
     from vllm.entrypoints.bosonai.voices import VoiceLibrary
     from vllm.entrypoints.cli_args import ServeArgs
     from vllm.sampling_params import SamplingParams
 
-__all__ = ["PreparedSpeech", "ServingAudio", "log_ignored_fields", "voice_headers", "voice_id_of"]
+__all__ = ["PreparedSpeech", "ServingAudio", "log_ignored_fields", "voice_headers"]
 
 logger = get_logger(__name__)
-
-_CLONED_VOICE = "custom"  # as the engine calls it
 
 
 class PreparedSpeech(NamedTuple):
@@ -240,19 +245,10 @@ class ServingAudio:
         )
 
 
-def voice_id_of(prompt: SpeechPrompt) -> str:
-    """Id of the voice that is heard; ids of several with commas between them."""
-    if prompt.ref_audio is not None:
-        return _CLONED_VOICE
-    heard = [prompt.voices[name] for name in prompt.named_speakers]
-    if not heard and prompt.voice is not None:
-        heard = [prompt.voice]
-    return ",".join(voice.voice_id for voice in heard if isinstance(voice, Voice))
-
-
 def voice_headers(prompt: SpeechPrompt) -> dict[str, str]:
     """Which voice was asked for where another had to speak instead."""
-    heard = [prompt.voices[name] for name in prompt.named_speakers] or [prompt.voice]
+    heard: list[str | Voice | None] = [prompt.voices[name] for name in prompt.named_speakers]
+    heard = heard or [prompt.voice]
     asked = [voice.asked_for for voice in heard if isinstance(voice, Voice) and voice.asked_for]
     return {"X-Voice-Fallback": ",".join(asked)} if asked else {}
 

@@ -33,7 +33,6 @@ from vllm.entrypoints.bosonai.serving_audio import (
     ServingAudio,
     log_ignored_fields,
     voice_headers,
-    voice_id_of,
 )
 from vllm.entrypoints.bosonai.speech_reply import (
     END_HEADERS,
@@ -53,7 +52,7 @@ from vllm.exceptions import EngineError, HiggsAudioError, InvalidRequestError
 from vllm.logger import get_logger
 from vllm.outputs import FinishReason, SpeechOutput
 from vllm.player import VirtualPlayer
-from vllm.prompts import PromptClip, SpeechPrompt, SpokenTurn
+from vllm.prompts import PromptClip, SpeechPrompt, SpokenTurn, voice_id_of
 
 if TYPE_CHECKING:
     from vllm.entrypoints.cli_args import ServeArgs

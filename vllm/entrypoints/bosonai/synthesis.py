@@ -126,6 +126,7 @@ class Synthesizer:
         """The engine's outputs; counts how the request ended and lets none end in silence."""
         failure: FinishReason | None = FinishReason.ERROR
         last: SpeechOutput | None = None
+        ticket.record.begin(prompt)
         try:
             source = engine.generate(
                 prompt,
@@ -137,6 +138,7 @@ class Synthesizer:
             )
             async with aclosing(source):
                 async for output in source:
+                    ticket.record.add(output)
                     _raise_if_ended(output, ticket)
                     last = output if output.finished else None
                     yield output

@@ -20,6 +20,7 @@ from vllm.config import EngineConfig
 from vllm.exceptions import InvalidRequestError
 from vllm.player import VirtualPlayer
 from vllm.prompts import (
+    CLONED_VOICE,
     SCENE_VOICE,
     BuiltPrompt,
     PromptClip,
@@ -42,8 +43,6 @@ from vllm.v1.engine.messages import EngineInfo
 from vllm.v1.engine.speech_task import Guards, Part, SpeechTask, frames_of
 
 __all__ = ["Processor"]
-
-_INLINE_VOICE = "custom"
 
 
 class Processor:
@@ -121,8 +120,8 @@ class Processor:
         samples = self._clip_samples(prompt.ref_audio)
         num_frames = samples.size // self._info.hop_length
         return Voice(
-            voice_id=_INLINE_VOICE,
-            name=_INLINE_VOICE,
+            voice_id=CLONED_VOICE,
+            name=CLONED_VOICE,
             language=prompt.language or "en",
             transcript=prompt.ref_text,
             clip=PromptClip(num_frames, samples=samples),
