@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,17 +26,19 @@ from vllm.entrypoints.bosonai.engine_host import EngineHost
 from vllm.entrypoints.bosonai.serving_voices import open_store
 from vllm.entrypoints.bosonai.voice_store import VoiceStore
 from vllm.entrypoints.cli_args import parse_serve_args
-from vllm.exceptions import EngineDeadError, UnknownVoiceError
+from vllm.exceptions import EngineDeadError, OverloadedError, UnknownVoiceError
 from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
 from vllm.player import VirtualPlayer
 from vllm.prompts import SpeechPrompt, Voice
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.messages import EngineInfo, EngineStats, SchedulerStats
+from vllm.v1.engine.processor import Processor
 
 SAMPLE_RATE = 24_000
 HOP = 960
 FRAMES_PER_CHAR = 2
 FRAMES_PER_CHUNK = 4
+NPM_LIMIT_S = 60
 RANDOM_SEED = 4711  # what the fake "draws" for a request without a seed
 
 
@@ -100,6 +103,7 @@ class FakeEngine:
     info: EngineInfo | None = None
     voices: FakeVoices | None = None
     store: VoiceStore | None = None
+    processor: Processor | None = None  # for the routes that show prompts
     seen: list[tuple[SpeechPrompt, SamplingParams, str]] = field(default_factory=list)
     timeouts: list[float | None] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
@@ -387,3 +391,43 @@ def bucket(s3: None) -> str:
 @pytest.fixture
 def fake_engine() -> type[FakeEngine]:
     return FakeEngine
+
+
+class BusyAtFirst(FakeEngine):
+    """Refuses its first request and serves the others."""
+
+    async def generate(
+        self, prompt: SpeechPrompt, params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncIterator[SpeechOutput]:
+        is_first = not self.seen
+        async for output in super().generate(prompt, params, request_id, **options):
+            if is_first:
+                raise OverloadedError("busy", retry_after_s=1.0)
+            yield output
+
+
+@pytest.fixture
+def busy_at_first() -> BusyAtFirst:
+    return BusyAtFirst()
+
+
+@pytest.fixture(scope="session")
+def installed_javascript(repo_root: Path, request: pytest.FixtureRequest) -> Path:
+    """Folder with the JavaScript example and its package, installed once per checkout."""
+    for program in ("node", "npm"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    folder = Path(request.config.cache.mkdir("javascript-example"))
+    source = repo_root / "examples" / "javascript"
+    lock = (source / "package-lock.json").read_text(encoding="utf-8")
+    stamp = folder / ".installed"
+    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("node_*"))
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == lock:
+        return folder
+    command = ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"]
+    try:
+        subprocess.run(command, cwd=folder, capture_output=True, timeout=NPM_LIMIT_S, check=True)
+    except (subprocess.SubprocessError, OSError) as error:
+        pytest.skip(f"npm could not fetch the openai package: {error}")
+    stamp.write_text(lock, encoding="utf-8")
+    return folder

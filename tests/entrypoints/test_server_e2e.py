@@ -331,6 +331,8 @@ def test_a_reply_from_memory_is_the_reply_that_was_made(
         assert "x-cache" not in fresh.headers
         assert hit.content == made.content == fresh.content
         assert len(hit.content) > 1000
+    shown = caching.client.post("/tokenize", json=body).json()
+    assert str(shown["count"]) == hit.headers["x-usage-prompt-tokens"]
 
 
 def test_the_engines_death_ends_streams_and_server(start_real: Callable[..., RealServer]) -> None:

@@ -33,6 +33,7 @@ from vllm.entrypoints.cli_args import (
 )
 from vllm.entrypoints.openai import AudioSpeechRequest
 from vllm.entrypoints.openai.chat_protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.tokenize_protocol import DetokenizeRequest, TokenizeRequest
 from vllm.entrypoints.server_config import ServerConfig
 from vllm.outputs import FinishReason
 from vllm.v1.engine.messages import EngineStats, SchedulerStats
@@ -67,6 +68,11 @@ def test_fields_of_voices(repo_root: Path, body: type[BaseModel]) -> None:
 
 def test_fields_of_the_proxy(code_spans: set[str]) -> None:
     assert set(GenerateRequest.model_fields) <= code_spans
+
+
+@pytest.mark.parametrize("body", [TokenizeRequest, DetokenizeRequest])
+def test_fields_of_tokens(code_spans: set[str], body: type[BaseModel]) -> None:
+    assert set(body.model_fields) <= code_spans
 
 
 def test_formats(code_spans: set[str]) -> None:

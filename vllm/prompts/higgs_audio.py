@@ -70,6 +70,14 @@ class HiggsAudioPromptBuilder:
             TextTokenizer.from_folder(tokenizer_folder), HiggsAudioConfig.from_folder(model_folder)
         )
 
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        return self._tokenizer
+
+    @property
+    def start_ids(self) -> Sequence[int]:
+        return (self._bos,)
+
     def build(
         self,
         text: str,

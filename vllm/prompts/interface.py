@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm.exceptions import InvalidRequestError
 from vllm.prompts.splitting import speaker_tags
+
+if TYPE_CHECKING:
+    from vllm.prompts.tokenizer import TextTokenizer
 
 __all__ = [
     "CLONED_VOICE",
@@ -65,12 +68,12 @@ class Voice:
     system_prompt: str | None = None  # replaces the whole system text
     scene: str | None = None  # fills the scene block
     is_default: bool = False
-    duration_s: float = 0.0  # of the clip
-    labels: dict[str, str] = field(default_factory=dict)
-
     speaks: bool = True  # False: listed, but the model cannot speak it
     is_trained: bool = False  # the model was trained on it and keeps it without any context
     asked_for: str = ""  # id of the voice that this one stands in for, since it does not speak
+    duration_s: float = 0.0  # of the clip
+    labels: dict[str, str] = field(default_factory=dict)
+
 
 
 class Speaker(NamedTuple):
@@ -233,6 +236,16 @@ class BuiltPrompt:
 
 class PromptBuilder(Protocol):
     """Turns text and voice into positions, for one model family."""
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """Of plain text."""
+        ...
+
+    @property
+    def start_ids(self) -> Sequence[int]:
+        """Ids that open every prompt."""
+        ...
 
     def build(
         self,

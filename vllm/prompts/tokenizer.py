@@ -5,6 +5,7 @@ Text is never read for special tokens; those are asked for by name. It knows no 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
@@ -42,6 +43,14 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, taken as ordinary text whatever it spells."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of ids, special tokens spelt out; the inverse of ``encode`` on plain text."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+    def spell(self, token_id: int) -> str | None:
+        """How the tokenizer itself writes a token, such as ``Ġthe``; None if there is none."""
+        return self._tokenizer.id_to_token(token_id)
 
     def token_id(self, name: str) -> int:
         """Id of the token spelt ``name``; raises CheckpointError if there is none."""

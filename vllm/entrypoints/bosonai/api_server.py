@@ -51,6 +51,7 @@ from vllm.entrypoints.bosonai.serving_voices import (
 )
 from vllm.entrypoints.bosonai.speech_reply import END_HEADERS, START_HEADERS
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
+from vllm.entrypoints.bosonai.tokenize_routes import add_tokenize_routes
 from vllm.entrypoints.bosonai.voices import VoiceLibrary
 from vllm.entrypoints.cli_args import ServeArgs, parse_serve_args
 from vllm.entrypoints.openai.errors import install_error_handlers
@@ -152,7 +153,9 @@ def build_app(args: ServeArgs, host: EngineHost) -> FastAPI:
     add_voice_routes(app, host, clips)
     add_proxy_routes(app, args.server, speech, synthesizer)
     add_batch_routes(app, args.server, speech, synthesizer)
-    add_chat_routes(app, ServingChat(args, synthesizer, encoders, loader, speech))
+    chat = ServingChat(args, synthesizer, encoders, loader, speech)
+    add_chat_routes(app, chat)
+    add_tokenize_routes(app, args.server, host, speech, chat)
     return app
 
 

@@ -16,15 +16,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from vllm.entrypoints.bosonai.admission import Ticket, ticket_maker
 from vllm.entrypoints.bosonai.middleware import unless_client_leaves
 from vllm.entrypoints.bosonai.serving_audio import ServingAudio
 from vllm.entrypoints.bosonai.speech_reply import Ending, summary
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
-from vllm.entrypoints.openai.errors import to_response
+from vllm.entrypoints.openai.errors import read_body, to_response
 from vllm.entrypoints.openai.protocol import AudioSpeechRequest
 from vllm.entrypoints.openai.reply_bodies import SpeechResults
 from vllm.entrypoints.openai.reply_docs import error_replies, json_reply
@@ -119,11 +118,7 @@ def read_item(fields: Mapping[str, Any]) -> AudioSpeechRequest:
     Raises:
         RequestValidationError: a field is wrong.
     """
-    try:
-        return AudioSpeechRequest.model_validate({**fields, "stream": False})
-    except ValidationError as error:
-        problems = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
-        raise RequestValidationError(problems) from error
+    return read_body(AudioSpeechRequest, {**fields, "stream": False})
 
 
 class SpeechBatchRequest(BaseModel):

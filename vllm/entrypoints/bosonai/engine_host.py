@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vllm.prompts import SpeechPrompt
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.messages import EngineInfo, EngineStats
+    from vllm.v1.engine.processor import Processor
 
 __all__ = ["EngineClient", "EngineHost", "HostState"]
 
@@ -38,6 +39,9 @@ class EngineClient(Protocol):
 
     @property
     def voices(self) -> VoiceLibrary | None: ...
+
+    @property
+    def processor(self) -> Processor | None: ...
 
     @property
     def is_ready(self) -> bool: ...

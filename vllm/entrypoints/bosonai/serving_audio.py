@@ -186,12 +186,12 @@ class ServingAudio:
                 f"The model {model!r} does not exist; served here: {', '.join(self._model_names)}"
             )
 
-    def check_length(self, text: str) -> None:
+    def check_length(self, text: str, *, field: str = "input") -> None:
         """Raises InvalidRequestError when a text is longer than this server takes."""
         limit = self._config.max_input_chars
         if limit and len(text) > limit:
             raise InvalidRequestError(
-                f"input has {len(text)} characters; this server takes up to {limit}", param="input"
+                f"{field} has {len(text)} characters; this server takes up to {limit}", param=field
             )
 
     async def voice(self, name: str | None, system_prompt: str | None) -> Voice:
@@ -245,12 +245,31 @@ class ServingAudio:
         )
 
 
+<<<<<<<
+def voice_id_of(prompt: SpeechPrompt) -> str:
+    """Id of the voice that is heard; ids of several with commas between them."""
+    if prompt.ref_audio is not None:
+        return _CLONED_VOICE
+    return ",".join(voice.voice_id for voice in _heard(prompt))
+
+
+=======
+>>>>>>>
 def voice_headers(prompt: SpeechPrompt) -> dict[str, str]:
     """Which voice was asked for where another had to speak instead."""
+<<<<<<<
+    asked = [voice.asked_for for voice in _heard(prompt) if voice.asked_for]
+=======
     heard: list[str | Voice | None] = [prompt.voices[name] for name in prompt.named_speakers]
     heard = heard or [prompt.voice]
     asked = [voice.asked_for for voice in heard if isinstance(voice, Voice) and voice.asked_for]
+>>>>>>>
     return {"X-Voice-Fallback": ",".join(asked)} if asked else {}
+
+
+def _heard(prompt: SpeechPrompt) -> list[Voice]:
+    heard: list[str | Voice | None] = [prompt.voices[name] for name in prompt.named_speakers]
+    return [voice for voice in heard or [prompt.voice] if isinstance(voice, Voice)]
 
 
 def log_ignored_fields(body: SamplingOptions, request_id: str) -> None:

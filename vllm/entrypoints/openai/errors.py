@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
@@ -30,11 +31,13 @@ __all__ = [
     "error_body",
     "error_response",
     "install_error_handlers",
+    "read_body",
     "to_response",
 ]
 
 logger = get_logger(__name__)
 
+BodyT = TypeVar("BodyT", bound=BaseModel)
 
 _RETRY_AFTER_S = 5.0
 _MAX_SHOWN = 200  # characters of a refused value that a message repeats
@@ -133,6 +136,19 @@ def _methods_here(raw: Request) -> set[str]:
         if route.matches(raw.scope)[0] is not Match.NONE:
             found |= route.methods
     return found
+
+
+def read_body(model: type[BodyT], fields: Mapping[str, Any]) -> BodyT:
+    """A body that came inside another one.
+
+    Raises:
+        RequestValidationError: a field is wrong; it is named as in a body of its own.
+    """
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        problems = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+        raise RequestValidationError(problems) from error
 
 
 def _validation_status(raw: Request) -> int:

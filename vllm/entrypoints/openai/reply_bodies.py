@@ -23,6 +23,7 @@ __all__ = [
     "Connections",
     "Counts",
     "DeletedVoice",
+    "Detokenized",
     "ErrorBody",
     "ErrorDetail",
     "GenerateFailure",
@@ -42,6 +43,7 @@ __all__ = [
     "StateFields",
     "StatsReport",
     "StatusReport",
+    "Tokenized",
     "UnwellReport",
     "VersionReport",
     "VoiceEntry",
@@ -319,3 +321,15 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: ChatUsage
     stats: AudioStats
+
+
+class Tokenized(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str | None] | None
+    parts: list[int]
+
+
+class Detokenized(BaseModel):
+    prompt: str

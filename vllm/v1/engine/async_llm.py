@@ -75,6 +75,11 @@ class AsyncLLM(Generic[VoicesT]):
         self._reader: asyncio.Task[None] | None = None
 
     @property
+    def processor(self) -> Processor | None:
+        """What makes prompts of requests; None until the engine is warm."""
+        return self._processor
+
+    @property
     def is_ready(self) -> bool:
         return self._processor is not None and self._death is None
 
@@ -185,16 +190,6 @@ class AsyncLLM(Generic[VoicesT]):
     def engine_stats(self) -> EngineStats:
         """Queues, caches and codec, as the engine last told."""
         return self._stats
-
-    def count_tokens(self, text: str) -> int:
-        """Number of text ids of ``text``.
-
-        Raises:
-            EngineDeadError: the engine is not ready.
-        """
-        if self._processor is None:
-            raise EngineDeadError("the engine is still starting")
-        return self._processor.count_tokens(text)
 
     async def shutdown(self) -> None:
         """End the engine process; open requests end with EngineDeadError."""

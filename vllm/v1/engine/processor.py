@@ -27,6 +27,7 @@ from vllm.prompts import (
     Speaker,
     SpeechPrompt,
     SpokenTurn,
+    TextTokenizer,
     Voice,
     VoiceSource,
     is_voice_described,
@@ -106,9 +107,34 @@ class Processor:
             player=player,
         )
 
-    def count_tokens(self, text: str) -> int:
-        """Number of text ids of ``text``."""
-        return self._builder.count_tokens(text)
+    def prompts_of(self, prompt: SpeechPrompt) -> list[BuiltPrompt]:
+        """The prompts that speak a text: one for each of its parts, in order.
+
+        Later parts in a voice without a clip are spoken with the first part before them, which is
+        not known here.
+
+        Raises:
+            InvalidRequestError: a field is wrong.
+        """
+        speakers = self._speakers(prompt)
+        voice = speakers[0].voice if speakers else self._voice(prompt)
+        self._check_history(prompt.history)
+        return [part.build(()) for part in self._text_parts(prompt, voice, speakers)]
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """Of plain text."""
+        return self._builder.tokenizer
+
+    @property
+    def start_ids(self) -> Sequence[int]:
+        """Ids that open every prompt."""
+        return self._builder.start_ids
+
+    @property
+    def max_model_len(self) -> int:
+        """Positions of one request, audio included."""
+        return self._info.max_model_len
 
     def _voice(self, prompt: SpeechPrompt) -> Voice:
         if prompt.ref_audio is None:
