@@ -245,25 +245,9 @@ class ServingAudio:
         )
 
 
-<<<<<<<
-def voice_id_of(prompt: SpeechPrompt) -> str:
-    """Id of the voice that is heard; ids of several with commas between them."""
-    if prompt.ref_audio is not None:
-        return _CLONED_VOICE
-    return ",".join(voice.voice_id for voice in _heard(prompt))
-
-
-=======
->>>>>>>
 def voice_headers(prompt: SpeechPrompt) -> dict[str, str]:
     """Which voice was asked for where another had to speak instead."""
-<<<<<<<
     asked = [voice.asked_for for voice in _heard(prompt) if voice.asked_for]
-=======
-    heard: list[str | Voice | None] = [prompt.voices[name] for name in prompt.named_speakers]
-    heard = heard or [prompt.voice]
-    asked = [voice.asked_for for voice in heard if isinstance(voice, Voice) and voice.asked_for]
->>>>>>>
     return {"X-Voice-Fallback": ",".join(asked)} if asked else {}
 
 
