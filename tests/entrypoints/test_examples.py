@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 HOP = 960  # samples of a frame of the stand-in engine, which makes two frames for each character
-NPM_LIMIT_S = 60
 
 
 def run(*command: str, folder: Path) -> str:
@@ -25,28 +24,6 @@ def run(*command: str, folder: Path) -> str:
 
 def samples_of(text: str) -> int:
     return 2 * len(text) * HOP
-
-
-@pytest.fixture(scope="module")
-def installed_javascript(repo_root: Path, request: pytest.FixtureRequest) -> Path:
-    """Folder with the JavaScript example and its package, installed once per checkout."""
-    for program in ("node", "npm"):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed")
-    folder = Path(request.config.cache.mkdir("javascript-example"))
-    source = repo_root / "examples" / "javascript"
-    lock = (source / "package-lock.json").read_text(encoding="utf-8")
-    stamp = folder / ".installed"
-    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("node_*"))
-    if stamp.exists() and stamp.read_text(encoding="utf-8") == lock:
-        return folder
-    command = ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"]
-    try:
-        subprocess.run(command, cwd=folder, capture_output=True, timeout=NPM_LIMIT_S, check=True)
-    except (subprocess.SubprocessError, OSError) as error:
-        pytest.skip(f"npm could not fetch the openai package: {error}")
-    stamp.write_text(lock, encoding="utf-8")
-    return folder
 
 
 def test_python_speech(live: Any, repo_root: Path, tmp_path: Path) -> None:

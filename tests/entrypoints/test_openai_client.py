@@ -107,6 +107,15 @@ def test_a_wrong_key(start_server: Any, connect: Any) -> None:
     assert connect(server, "right").models.list().data
 
 
+def test_a_full_server_is_tried_again(start_server: Any, busy_at_first: Any, connect: Any) -> None:
+    server = start_server(busy_at_first)
+    reply = connect(server, "k", 2).audio.speech.create(
+        model="tts-1", voice="alloy", input="Hi.", response_format="pcm"
+    )
+    assert len(reply.content) == 2 * 6 * 960
+    assert len(server.engine.seen) == 2
+
+
 def test_a_failure_is_not_tried_again(start_server: Any, fake_engine: Any, connect: Any) -> None:
     from vllm.exceptions import EngineError
 
