@@ -9,6 +9,7 @@ come from the teacher's alignment, for which there is no encoder.
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +26,10 @@ from training.tokenizer import write_tokenizer
 from vllm.checkpoint_config import HiggsAudioConfig
 from vllm.checkpoints.make_codec import CODEC_SIZES, write_codec
 from vllm.checkpoints.make_model import write_configuration
+from vllm.entrypoints.bosonai.voices import SHIPPED_PRESETS
 from vllm.model_executor.codecs.higgs import HiggsCodecConfig, fold_weight_norm
 
+_VOICE = "en_woman"
 _TEXT_HEAD = "text_lm_head.weight"
 
 
@@ -110,6 +113,21 @@ def _codec_config(size: int, decoder: dict[str, Tensor]) -> HiggsCodecConfig:
     return config
 
 
+def export_voices(folder: Path) -> None:
+    """Write a presets folder: the shipped voices, of which only the trained one speaks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shipped = json.loads((SHIPPED_PRESETS / "config.json").read_text(encoding="utf-8"))
+    entries = {}
+    for voice_id, entry in shipped.items():
+        kept = {key: entry[key] for key in ("name", "language", "description") if key in entry}
+        is_ours = voice_id == _VOICE
+        entries[voice_id] = kept | (
+            {"trained": True, "default": True} if is_ours else {"speaks": False}
+        )
+    text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--codec", type=Path, required=True, help="folder of make_codes")
@@ -120,6 +138,7 @@ def main() -> None:
     codebooks = load_file(args.codec / "codebooks.safetensors")["codebooks"]
     export_codec(args.out / "codec", codebooks, load_file(args.decoder / "decoder.safetensors"))
     export_lm(args.out / "lm", load_file(args.lm / "lm.safetensors"))
+    export_voices(args.out / "voices")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ class TextSource:
             words += self._some(self._words, int(self._rng.integers(0, 3)))
             self._rng.shuffle(words)
             return self._list(words, 0.15), kind
-        return self._sentence(), kind
+        return self.sentence(), kind
 
     def _one(self, words: Sequence[str]) -> str:
         return words[int(self._rng.integers(len(words)))]
@@ -123,7 +123,7 @@ class TextSource:
             parts += [",", word] if self._rng.random() < comma_rate else [word]
         return " ".join([*parts, self._one(("." * 8) + "?!")])
 
-    def _sentence(self) -> str:
+    def sentence(self) -> str:
         words = [self._fill(part) for part in self._one(_TEMPLATES).split()]
         return " ".join(words)
 
