@@ -71,7 +71,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.messages import EngineInfo
 from vllm.v1.metrics import CONTENT_TYPE, SpeechMetrics
 
-__all__ = ["build_app", "create_engine", "main", "run_server"]
+__all__ = ["EXPOSED_HEADERS", "build_app", "create_engine", "main", "run_server"]
 
 logger = get_logger("vllm.server")  # the module is __main__ when it is run
 
@@ -79,9 +79,15 @@ _ENDING_S = 1.0  # of the grace after a signal, for replies to say that they are
 _DEATH_NOTICE_S = 1.0  # /health answers 503 this long before the process ends
 _KEEP_ALIVE_S = 5
 _CLIP_THREADS = 2
-_EXPOSED_HEADERS = (
+#: What scripts of other origins may read, which is all that is sent and not theirs to read anyway.
+EXPOSED_HEADERS = (
     "X-Request-Id",
     "Retry-After",
+    "X-Should-Retry",
+    "X-Accel-Buffering",
+    "X-Voice-Fallback",
+    "WWW-Authenticate",
+    "Allow",
     *QUEUE_HEADERS,
     *PROXY_HEADERS,
     *START_HEADERS,
@@ -182,7 +188,7 @@ def _add_middleware(app: FastAPI, args: ServeArgs) -> None:
         allow_methods=config.allowed_methods,
         allow_headers=config.allowed_headers,
         allow_credentials=config.allow_credentials,
-        expose_headers=_EXPOSED_HEADERS,
+        expose_headers=EXPOSED_HEADERS,
     )
     if config.enable_log_requests:
         app.add_middleware(RequestLogMiddleware, max_text=config.max_log_len)
