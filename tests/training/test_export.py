@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+import torch
+
+from training.alphabet import split
+from training.decoder import Decoder
+from training.export import export_codec, export_lm, export_voices
+from training.lexicon import load_lexicon
+from training.network import Network, Sizes
+from training.prompt import NUM_TOKENS, PREFIX, SUFFIX, TOKEN_ID
+from vllm.entrypoints.llm import LLM
+from vllm.model_executor.codecs import load_codec
+from vllm.prompts import SpeechPrompt
+from vllm.sampling_params import SamplingParams
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    made = Network(Sizes(NUM_TOKENS, num_hidden_layers=3)).eval()
+    for weight in made.parameters():  # as the file has it
+        weight.data = weight.data.bfloat16().float()
+    made.audio_lm_head.weight.data *= 8  # so that the best code is clearly the best
+    return made
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    torch.manual_seed(1)
+    return Decoder(64, width=64).eval()
+
+
+@pytest.fixture(scope="module")
+def codebooks():
+    return torch.randn(8, 1024, 64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, network, decoder, codebooks):
+    out = tmp_path_factory.mktemp("exported")
+    export_lm(out / "lm", network.state_dict())
+    export_codec(out / "codec", codebooks, decoder.state_dict())
+    export_voices(out / "voices")
+    return out
+
+
+@torch.no_grad()
+def test_the_exported_codec_decodes_as_the_trained_decoder(folder, decoder, codebooks):
+    codes = torch.randint(1024, (1, 8, 12), generator=torch.Generator().manual_seed(3))
+    vectors = torch.stack([book[row] for book, row in zip(codebooks, codes[0], strict=True)])
+    wanted = decoder(vectors.sum(0).T[None])
+    codec = load_codec(folder / "codec", device="cpu")
+    assert not codec.can_encode
+    torch.testing.assert_close(codec.decode(codes), wanted.clamp(-1, 1), atol=5e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_the_exported_model_generates_what_the_trained_network_does(folder, network):
+    llm = LLM(
+        folder / "lm",
+        audio_tokenizer=folder / "codec",
+        voices_dir=folder / "voices",
+        device="cpu",
+        max_model_len=256,
+        max_num_seqs=1,
+    )
+    params = SamplingParams(temperature=0, max_tokens=8, ras_window_length=0)
+    output = llm.generate(SpeechPrompt(text="This is a test"), params, use_tqdm=False)[0]
+    llm.shutdown()
+    made = np.asarray(output.delayed_codes)
+    lexicon = load_lexicon()
+    symbols = split(" ".join(lexicon[word] for word in ("this", "is", "a", "test")) + ".")
+    text = torch.tensor([[*PREFIX, *(TOKEN_ID[each] for each in symbols), *SUFFIX]])
+    frames = torch.from_numpy(made.astype(np.int64))[None, :-1]
+    hidden, _ = network(text, torch.zeros(1, dtype=torch.long), frames)
+    logits = network.logits(hidden[0], 0, 8)[..., :1024]
+    free = torch.from_numpy(made[1:].astype(np.int64))
+    is_free = free < 1024  # neither BOS of the ramp nor the end
+    assert is_free.sum() > 20
+    assert torch.equal(logits.argmax(-1)[is_free], free[is_free])
+
+
+def test_only_the_trained_voice_speaks(folder):
+    from vllm.entrypoints.bosonai.voices import VoiceLibrary
+
+    library = VoiceLibrary.without_engine(folder / "voices")
+    assert library.default_id == "en_woman"
+    assert [each["id"] for each in library.list() if each["speaks"]] == ["en_woman"]
+    assert len(library.names) == 6
