@@ -153,10 +153,10 @@ def _upload_docs() -> dict[str, Any]:
 _UPLOAD_BODY = _upload_docs()
 _UPLOAD_REPLIES: Replies = {
     **json_reply(VoiceObject, "The voice may be used at once"),
-    **error_replies(400, 403, 409, 500, 503),
+    **error_replies(400, 403, 409, 503),
 }
-_LIST_ERRORS = error_replies(500, 503)
-_DELETION_ERRORS = error_replies(400, 403, 404, 500, 503)
+_LIST_ERRORS = error_replies(503)
+_DELETION_ERRORS = error_replies(400, 403, 404, 503)
 
 
 class _VoiceKeeper:
@@ -354,7 +354,7 @@ def _add_older_routes(app: FastAPI, keeper: _VoiceKeeper) -> None:
 
     @app.post(
         "/add_prompt",
-        responses={**json_reply(PromptId), **error_replies(400, 403, 409, 500, 503)},
+        responses={**json_reply(PromptId), **error_replies(400, 403, 409, 503)},
     )
     async def add_prompt(body: AddPromptRequest) -> dict[str, str]:
         """Keep a clip as a voice without a name; its id may be sent as ``voice``."""

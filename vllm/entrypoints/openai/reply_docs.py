@@ -36,8 +36,8 @@ ERROR_MEANINGS = {
     422: "A field is missing, wrong or out of range, or the body cannot be read",
     429: "The key is beyond its limits; only where the server has limits",
     499: "The request was ended by POST /cancel",
-    500: "The engine or the voice store failed this request",
-    503: "The model is loading, too many requests are open, or the engine is gone",
+    500: "The engine failed this request before its first audio",
+    503: "The model is loading, too many requests are open, or the engine or the voices are gone",
 }
 
 _INTEGERS = frozenset(
