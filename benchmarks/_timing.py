@@ -15,19 +15,24 @@ __all__ = ["interleave", "ratio"]
 
 
 def interleave(
-    rivals: Mapping[str, Callable[[], object]], *, num_rounds: int, title: str
+    rivals: Mapping[str, Callable[[], object]],
+    *,
+    num_rounds: int,
+    title: str,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each rival in each round; one round before the first does not count.
 
     The order turns round from round to round, so that none always runs on the other's caches.
+    ``clock`` may count a thread's CPU time instead of that on the wall.
     """
     names = list(rivals)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_idx in tqdm(range(-1, num_rounds), desc=title, unit="round"):
         for name in names if round_idx % 2 == 0 else reversed(names):
-            start = time.perf_counter()
+            start = clock()
             rivals[name]()
-            elapsed = time.perf_counter() - start
+            elapsed = clock() - start
             if round_idx >= 0:
                 seconds[name].append(elapsed)
     return seconds
