@@ -52,7 +52,11 @@ def past_ramp(rig, num_codebooks, vocab_size, rows):
 
 
 @pytest.mark.parametrize(
-    ("top_k", "top_p"), [(50, 1.0), (5, 1.0), (-1, 0.95), (-1, 0.3), (50, 0.95), (10, 0.01), (1, 1)]
+    ("top_k", "top_p"),
+    [
+        *[(50, 1.0), (5, 1.0), (-1, 0.95), (-1, 0.3), (50, 0.95), (10, 0.01), (1, 1)],
+        (50, 1e-188),  # 0 in float32
+    ],
 )
 def test_kept_codes_equal_those_of_the_warpers(top_k, top_p):
     logits = torch.randn(4, 8, 1026, generator=torch.Generator().manual_seed(1)) * 3
@@ -88,6 +92,11 @@ def test_rows_with_different_filters_keep_what_each_keeps_alone():
     for row, setting in enumerate(params[:4]):
         alone = apply_top_k_top_p(probs[row : row + 1].clone(), metadata_of([setting]).filters)
         assert torch.equal(alone[0], together[row])
+
+
+def test_filters_survive_probabilities_that_are_not_numbers():
+    probs = torch.full((1, 8, 1026), math.nan)
+    apply_top_k_top_p(probs, metadata_of([SamplingParams(top_k=50, top_p=0.9)]).filters)
 
 
 def test_codes_as_likely_as_the_kth_are_kept():

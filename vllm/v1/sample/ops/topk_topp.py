@@ -71,7 +71,8 @@ def apply_top_k_top_p(probs: Tensor, filters: TopKTopP | None) -> Tensor:
     # A code stays while the codes before it hold less than p of what top-k kept.
     mass_before = ranked.cumsum(-1).sub_(ranked)
     enough = filters.top_p * probs.sum(-1, keepdim=True)
-    num_kept = (mass_before < enough).sum(-1, keepdim=True)
+    # At least one: a tiny p is 0 in float32, and no comparison holds for what is not a number.
+    num_kept = (mass_before < enough).sum(-1, keepdim=True).clamp_(min=1)
     cutoff = torch.maximum(cutoff, ranked.gather(-1, num_kept - 1))
     return _drop_below(probs, cutoff)
 
