@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from vllm.config import EngineConfig
 from vllm.outputs import FinishReason
+from vllm.player import Listener
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.messages import EngineCoreRequest
@@ -35,6 +36,9 @@ class NullCodecRunner:
         self._chunks: list[AudioChunk] = []
 
     def open(self, request_id: str, *, max_silence_frames: int | None) -> None:
+        pass
+
+    def follow(self, request_id: str, listener: Listener) -> None:
         pass
 
     def push(self, request_id: str, frames: NDArray[np.int16], *, final: bool) -> None:
