@@ -30,7 +30,7 @@ from vllm.entrypoints.bosonai.voices import SHIPPED_PRESETS
 from vllm.model_executor.codecs.higgs import HiggsCodecConfig, fold_weight_norm
 
 _VOICE = "en_woman"
-_TEXT_HEAD = "text_lm_head.weight"
+TEXT_HEAD = "text_lm_head.weight"
 
 
 def export_lm(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -40,7 +40,7 @@ def export_lm(folder: Path, tensors: dict[str, Tensor]) -> None:
     write_configuration(folder, config)
     write_tokenizer(folder, load_lexicon())
     # Nothing is trained to write text; the layout has the head.
-    tensors = tensors | {_TEXT_HEAD: torch.zeros(config.vocab_size, config.hidden_size)}
+    tensors = tensors | {TEXT_HEAD: torch.zeros(config.vocab_size, config.hidden_size)}
     rounded = {name: each.to(torch.bfloat16) for name, each in tensors.items()}
     save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
 

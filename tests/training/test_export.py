@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from training.alphabet import split
 from training.decoder import Decoder
 from training.export import export_codec, export_lm, export_voices
+from training.import_weights import import_decoder, import_lm
 from training.lexicon import load_lexicon
 from training.network import Network, Sizes
 from training.prompt import NUM_TOKENS, PREFIX, SUFFIX, TOKEN_ID
@@ -87,3 +89,14 @@ def test_only_the_trained_voice_speaks(folder):
     assert library.default_id == "en_woman"
     assert [each["id"] for each in library.list() if each["speaks"]] == ["en_woman"]
     assert len(library.names) == 6
+
+
+def test_exported_weights_can_be_trained_on(folder, network, decoder, tmp_path):
+    import_lm(folder, tmp_path)
+    import_decoder(folder, tmp_path)
+    torch.testing.assert_close(load_file(tmp_path / "lm.safetensors"), network.state_dict())
+    resumed = Decoder(64, width=64).eval()
+    resumed.load_state_dict(load_file(tmp_path / "decoder.safetensors"))
+    vectors = torch.randn(1, 64, 6, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        torch.testing.assert_close(resumed(vectors), decoder(vectors), atol=5e-3, rtol=0)
