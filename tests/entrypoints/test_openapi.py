@@ -132,7 +132,7 @@ def test_a_fake_engine_behind_every_route(start_server: Any, tmp_path: Path) -> 
 @pytest.mark.timeout(1000)
 def test_a_fake_engine_at_length(start_server: Any, tmp_path: Path) -> None:
     server = start_server(None, "--voice-store", str(tmp_path / "voices"), "--max-body-mib", "1")
-    schemathesis(server.url, tmp_path, "-n", "500")
+    schemathesis(server.url, tmp_path, "-n", "100")
 
 
 @pytest.mark.parametrize("state", ["loading", "dead"])

@@ -145,6 +145,11 @@ def test_temperature_sharpens():
     assert (frames[1] != 700).sum() >= 7
 
 
+def test_a_temperature_too_small_to_divide_by_is_greedy():
+    metadata = metadata_of([SamplingParams(temperature=t) for t in (1e-44, 1e-300, 1e-6)])
+    assert metadata.temperature.is_greedy[:, 0].tolist() == [True, True, False]
+
+
 def test_temperature_zero_is_argmax_whatever_the_seed_and_the_neighbours():
     logits = torch.randn(3, 8, 1026, generator=torch.Generator().manual_seed(3))
     logits[..., 1024:] = -50

@@ -20,6 +20,8 @@ from vllm.v1.sample.ops.topk_topp import TopKTopP, top_k_top_p
 
 __all__ = ["RowSettings", "SamplingMetadata"]
 
+_MIN_TEMPERATURE = 1e-6
+
 
 class RowSettings:
     """Sampling settings of persistent rows, on the host."""
@@ -48,7 +50,9 @@ class RowSettings:
 
     def set_row(self, row: int, params: SamplingParams, seed: int) -> None:
         """Settings of one row; ``seed`` is the one in use, ``params.seed`` may be None."""
-        self.temperature[row] = params.temperature
+        # logits over a smaller temperature leave float32; one code has all of the weight long before
+        is_greedy = params.temperature < _MIN_TEMPERATURE
+        self.temperature[row] = 0.0 if is_greedy else params.temperature
         self.top_k[row] = params.top_k
         self.top_p[row] = params.top_p
         self.seed[row] = seed
