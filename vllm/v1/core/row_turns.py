@@ -16,8 +16,8 @@ _LEAD_S = 2.0  # audio ahead of a listener with which his row can wait: a chunk 
 _NUM_TURNS = 4  # of the rows that can wait, one in so many is in a step
 _STEPS_PER_CHECK = 16  # one in so many steps is over all rows, to learn how long that takes
 _WORTHWHILE = 0.75  # of a whole step's time, which a partial one must stay below
-_SMOOTHING = 0.3  # weight of the newest duration
-_FORGETTING = 0.98  # what a partial step is remembered to take fades, so that it is tried again
+_SMOOTHING = 0.5  # weight of the newest duration
+_FORGETTING = 0.995  # what a partial step is remembered to take fades, so that it is tried again
 
 
 class RowTurns:
