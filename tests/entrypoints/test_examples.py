@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from vllm.entrypoints.bosonai.voices import SHIPPED_PRESETS, VoiceLibrary
 
 HOP = 960  # samples of a frame of the stand-in engine, which makes two frames for each character
 
@@ -51,6 +54,41 @@ def test_curl(live: Any, repo_root: Path, tmp_path: Path) -> None:
     assert (tmp_path / "speech.mp3").read_bytes().startswith(b"\xff\xf3")
     size = (tmp_path / "speech.pcm").stat().st_size
     assert size == 2 * samples_of(live.engine.seen[-1][0].text)
+
+
+@pytest.fixture
+def keeper(start_server: Any, tmp_path: Path) -> Any:
+    """A server that keeps voices, before the fake engine."""
+    server = start_server(None, "--voice-store", str(tmp_path / "voices"))
+    server.engine.voices = VoiceLibrary.for_engine(server.engine.info, store=server.engine.store)
+    return server
+
+
+CLIP = SHIPPED_PRESETS / "en_man.wav"
+
+
+def test_python_voices(keeper: Any, repo_root: Path, tmp_path: Path) -> None:
+    program = repo_root / "examples" / "openai_voices.py"
+    arguments = (str(CLIP), "What the clip says.", f"{keeper.url}/v1")
+    output = run(sys.executable, str(program), *arguments, folder=tmp_path)
+    assert output.startswith("made My_own_voice\n")
+    assert output.endswith("in the voice My_own_voice\ndeleted My_own_voice\n")
+    assert (tmp_path / "voice.mp3").read_bytes().startswith(b"\xff\xf3")
+    assert keeper.engine.store.voices() == []
+
+
+def test_curl_voices(keeper: Any, repo_root: Path, tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    program = repo_root / "examples" / "voices.sh"
+    output = run(str(program), str(CLIP), 'He said "so".', keeper.url, folder=tmp_path)
+    made, _, deleted = output.splitlines()
+    assert json.loads(made)["id"] == "my_voice"
+    assert json.loads(deleted)["deleted"] is True
+    assert (tmp_path / "voice.mp3").read_bytes().startswith(b"\xff\xf3")
+    assert [each[0].voice.voice_id for each in keeper.engine.seen if each[0].text != "a"] == [
+        "my_voice"
+    ]
 
 
 def test_javascript(live: Any, installed_javascript: Path) -> None:
