@@ -22,6 +22,8 @@ Errors are raised where the fact is known and turned into replies once, at the e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -61,6 +63,15 @@ class InvalidRequestError(HiggsAudioError, ValueError):
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call the field at fault by the name that ``names`` (ours -> the client's) has for it."""
+        if self.param is None or self.param not in names:
+            return
+        ours, self.param = self.param, names[self.param]
+        message = str(self)
+        if message.startswith(f"{ours} "):
+            self.args = (self.param + message.removeprefix(ours),)
 
 
 class UnknownVoiceError(InvalidRequestError):

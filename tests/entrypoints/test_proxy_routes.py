@@ -167,3 +167,18 @@ def test_a_batch_larger_than_the_limit_takes_turns(start_server: Any, fake_engin
 def test_speakers_of_the_proxy_have_voices(live: Any) -> None:
     body = {"text": "[SPEAKER0] Hi.", "voices": {"SPEAKER0": "onyx"}}
     assert live.client.post("/generate", json=body).headers["x-voice"] == "en_man"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"text": "a" * 100_001}, "text"),
+        ({"text": "Hi.", "voices": {"SPEAKER0": "en_man"}}, "text"),
+        ({"text": "Hi.", "reference_audio_base64": "!"}, "reference_audio_base64"),
+        ({"text": "Hi.", "voice": "nobody"}, "voice"),
+    ],
+)
+def test_errors_name_the_proxys_own_fields(live: Any, fields: dict[str, Any], param: str) -> None:
+    error = live.client.post("/generate", json=fields).json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param} ")

@@ -438,3 +438,10 @@ def test_a_scene_prompt_describes_the_voice_where_none_is_named(
     assert live.engine.seen[-1][0].voice.voice_id == heard
     request = {"text": TEXT, **fields}
     assert live.client.post("/generate", json=request).headers["x-voice"] == heard
+
+
+@pytest.mark.parametrize("name", ["ref_audio", "reference_audio_base64"])
+def test_errors_name_fields_as_the_client_spelt_them(live: Any, name: str) -> None:
+    error = speak(live, **{name: "!"}, ref_text="a").json()["error"]
+    assert error["param"] == name
+    assert error["message"].startswith(f"{name} is not valid base64")

@@ -20,6 +20,7 @@ from vllm.entrypoints.bosonai.service_routes import MODE
 from vllm.entrypoints.bosonai.serving_audio import ServingAudio
 from vllm.entrypoints.bosonai.speech_reply import END_HEADERS, START_HEADERS, summary
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
+from vllm.entrypoints.openai.errors import fields_named
 from vllm.entrypoints.openai.protocol import (
     AudioSpeechRequest,
     Name,
@@ -47,6 +48,12 @@ __all__ = ["PROXY_HEADERS", "GenerateRequest", "add_proxy_routes"]
 PROXY_HEADERS = ("X-Generation-Time", "X-Concurrent-Requests", "X-Mode")
 
 _MAX_ITEMS = 64
+# field of the speech route -> what the proxy calls it
+_SPEECH_FIELDS = {
+    "input": "text",
+    "ref_audio": "reference_audio_base64",
+    "ref_text": "reference_text",
+}
 _USUAL_TRANSCRIPT = "Please speak naturally."  # the proxy's, for a clip that came without one
 _WAV: Replies = {
     200: {
@@ -120,9 +127,10 @@ def add_proxy_routes(
     async def generate(body: GenerateRequest, raw: Request) -> Response:
         """Speak a text into a complete WAV file."""
         started_at = time.monotonic()
-        speech = body.to_speech()
-        ticket = serving.ticket(speech, raw)
-        reply = await unless_client_leaves(raw.receive, serving.begin(speech, ticket))
+        with fields_named(_SPEECH_FIELDS):
+            speech = body.to_speech()
+            ticket = serving.ticket(speech, raw)
+            reply = await unless_client_leaves(raw.receive, serving.begin(speech, ticket))
         response = await unless_client_leaves(raw.receive, reply.file())
         values = (f"{time.monotonic() - started_at:.2f}", str(ticket.num_open), MODE)
         response.headers.update(dict(zip(PROXY_HEADERS, values, strict=True)))

@@ -22,6 +22,7 @@ from vllm.entrypoints.bosonai.reference_audio import ReferenceAudioLoader
 from vllm.entrypoints.bosonai.response_cache import ReplyKeys, ResponseCache
 from vllm.entrypoints.bosonai.speech_reply import Reply, SpeechReply, StreamedReply
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
+from vllm.entrypoints.openai.errors import fields_named
 from vllm.entrypoints.openai.protocol import AudioSpeechRequest, SamplingOptions
 from vllm.exceptions import InvalidRequestError, ModelNotFoundError
 from vllm.logger import get_logger
@@ -90,7 +91,9 @@ class ServingAudio:
         ticket = self.ticket(body, raw)
         is_played = body.wants_sse or body.wants_stream
         player = VirtualPlayer(body.speed_factor) if is_played else None
-        reply = await unless_client_leaves(raw.receive, self.begin(body, ticket, player=player))
+        with fields_named(body.spelt):
+            begin = self.begin(body, ticket, player=player)
+            reply = await unless_client_leaves(raw.receive, begin)
         if body.wants_sse:
             events = reply.events()
             return StreamedReply(events, reply.outputs, "text/event-stream", reply.headers())
@@ -131,6 +134,7 @@ class ServingAudio:
         kept = self._cache.find(key) if self._cache is not None and key is not None else None
         if kept is not None:
             self._synthesizer.admission.pass_by(ticket)
+            ticket.record.begin(prepared.prompt)
             kept.extra_headers.update(ticket.headers() | voice_headers(prepared.prompt))
             return kept
         outputs = self._synthesizer.outputs(prepared.prompt, prepared.params, ticket, player=player)

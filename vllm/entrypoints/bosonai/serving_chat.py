@@ -11,9 +11,9 @@ import base64
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ from vllm.entrypoints.bosonai.speech_reply import (
 )
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.openai.chat_protocol import ChatCompletionRequest, ReferenceTurn
-from vllm.entrypoints.openai.errors import error_body
+from vllm.entrypoints.openai.errors import error_body, fields_named
 from vllm.entrypoints.openai.reply_bodies import ChatCompletion
 from vllm.entrypoints.openai.reply_docs import Replies, error_replies, events_of, header_docs
 from vllm.exceptions import EngineError, HiggsAudioError, InvalidRequestError
@@ -114,7 +114,7 @@ class ServingChat:
         self._synthesizer.ready_engine()
         self._synthesizer.admission.check_room()  # before any work for this request is done
         recording = _Recording()
-        with _naming_chat_fields():
+        with fields_named(_CHAT_FIELDS):
             prepare = self.prepare(body, ticket.owner)
             prepared = await unless_client_leaves(raw.receive, prepare)
             source = self._synthesizer.outputs(
@@ -323,17 +323,6 @@ class _Answer:
 
     def _frame(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-
-@contextmanager
-def _naming_chat_fields() -> Iterator[None]:
-    """Let errors name the fields of a chat."""
-    try:
-        yield
-    except InvalidRequestError as error:
-        if error.param is not None:
-            error.param = _CHAT_FIELDS.get(error.param, error.param)
-        raise
 
 
 def _finish(ending: Ending) -> dict[str, str]:

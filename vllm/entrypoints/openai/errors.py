@@ -7,7 +7,8 @@ form, also those of routing and authentication.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from vllm.logger import get_logger
 __all__ = [
     "error_body",
     "error_response",
+    "fields_named",
     "install_error_handlers",
     "read_body",
     "to_response",
@@ -149,6 +151,16 @@ def read_body(model: type[BodyT], fields: Mapping[str, Any]) -> BodyT:
     except ValidationError as error:
         problems = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
         raise RequestValidationError(problems) from error
+
+
+@contextmanager
+def fields_named(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors name fields as the client spelt them; ``names`` has our names -> the client's."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        error.rename(names)
+        raise
 
 
 def _validation_status(raw: Request) -> int:

@@ -187,6 +187,15 @@ class SamplingOptions(BaseModel):
             getattr(self, key) is not None or key.startswith("ras_")
         )
 
+    @property
+    def spelt(self) -> dict[str, str]:
+        """Field -> how the client spelt it, where that is another spelling."""
+        given = {
+            name: next((key for key in keys if self._was_given(key)), name)
+            for name, keys in self.spellings.items()
+        }
+        return {name: key for name, key in given.items() if key != name}
+
     def _value_of(self, name: str) -> Any:
         """Value of a field under whichever spelling it was given."""
         for key in self.spellings[name]:
