@@ -21,7 +21,13 @@ from vllm.model_executor.models.higgs_audio import (
     detect_key_layout,
     join_split_tensors,
 )
-from vllm.model_executor.weights import iter_tensors
+from vllm.model_executor.weights import (
+    QUANTIZED_SCALE,
+    dequantized,
+    iter_tensors,
+    read_config,
+    saved_quantization,
+)
 
 __all__ = ["CheckpointReport", "inspect_checkpoint"]
 
@@ -78,22 +84,32 @@ def inspect_checkpoint(folder: Path) -> CheckpointReport:
     problems: list[str] = []
     shapes: dict[str, torch.Size] = {}
     spelled: list[str] = []
-    num_bytes = 0
     try:
-        for name, tensor in join_split_tensors(iter_tensors(folder)):
+        quantization = saved_quantization(read_config(folder), folder)
+        for name, tensor in join_split_tensors(dequantized(iter_tensors(folder))):
             spelled.append(name)
             canonical = canonical_tensor_name(name)
             if canonical is not None:
                 shapes[canonical] = tensor.shape
-                num_bytes += tensor.nbytes
+        num_bytes = sum(each.nbytes for name, each in iter_tensors(folder) if _is_used(name))
         key_layout = detect_key_layout(spelled)
     except CheckpointError as error:
         return CheckpointReport(folder, config, problems=(str(error),))
     problems += _shape_problems(config, shapes)
     problems += [f"no {name}" for name in ("tokenizer.json",) if not (folder / name).is_file()]
     return CheckpointReport(
-        folder, config, key_layout, _count_parameters(shapes), num_bytes, tuple(problems)
+        folder,
+        config,
+        key_layout,
+        _count_parameters(shapes),
+        num_bytes,
+        tuple(problems),
+        remarks=() if quantization is None else (f"quantised         {quantization}",),
     )
+
+
+def _is_used(name: str) -> bool:
+    return canonical_tensor_name(name.removesuffix(QUANTIZED_SCALE)) is not None
 
 
 def _inspect_codec(folder: Path) -> CheckpointReport:

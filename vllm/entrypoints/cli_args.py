@@ -57,7 +57,6 @@ IGNORED_FLAGS: dict[str, int] = {
 }
 
 _NO_CHAT = "chat completions are speech in the form that the model knows; there is nothing to set"
-_NO_QUANT = "weights are served as they are; choose their type with --dtype"
 _NO_PARALLEL = "one device serves a model; start one server per device"
 _NO_SPECULATION = "frames are generated one by one; nothing replaces it"
 _PRESETS = "clone with a preset voice (--voice-presets-dir) or with ref_audio in the request"
@@ -71,8 +70,7 @@ PARALLEL_SIZES = (
 
 # upstream flag -> what to use instead
 REFUSED_FLAGS: dict[str, str] = {
-    "--quantization": _NO_QUANT,
-    "-q": _NO_QUANT,
+    "-q": "--quantization int8 or --quantization int4, on the CPU",
     "--kv-cache-dtype": "the KV cache has the type of the weights; choose it with --dtype",
     "--calculate-kv-scales": "the KV cache has the type of the weights; choose it with --dtype",
     "--load-format": "the layout of a checkpoint is detected; convert others to safetensors",
@@ -301,7 +299,9 @@ def _argument_form(hint: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     if get_origin(hint) is tuple:
         return {"nargs": "+", "type": get_args(hint)[0], "metavar": "VALUE"}
     if get_origin(hint) in (Union, UnionType):
-        return {"type": next(kind for kind in get_args(hint) if kind is not NoneType)}
+        return _argument_form(
+            next(kind for kind in get_args(hint) if kind is not NoneType), metadata
+        )
     if get_origin(hint) is Literal:
         aliases = metadata.get("aliases", {})
         return {"choices": get_args(hint), "type": lambda text: aliases.get(text, text)}

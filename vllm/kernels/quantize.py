@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["INT4_GROUP_SIZE", "QuantizedWeight", "WeightFormat", "quantize", "quantized_linear"]
+__all__ = [
+    "INT4_GROUP_SIZE",
+    "QuantizedWeight",
+    "WeightFormat",
+    "head_format",
+    "quantize",
+    "quantize_rows",
+    "quantized_linear",
+]
 
 INT4_GROUP_SIZE = 32  # inputs that share a scale
 _SMALLEST_SCALE = 2.0**-100  # so that a row of zeros divides by something
@@ -29,6 +37,11 @@ class WeightFormat(StrEnum):
     BFLOAT16 = "bfloat16"
     INT8 = "int8"
     INT4 = "int4"
+
+
+def head_format(body: WeightFormat | None) -> WeightFormat | None:
+    """What the head of a model becomes whose other matrices become ``body``."""
+    return WeightFormat.INT8 if body is WeightFormat.INT4 else body
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,36 +66,55 @@ class QuantizedWeight:
         """The matrix that products are made with: float32 [num_outputs, num_inputs]."""
         if self.format is WeightFormat.INT8:
             return self.values.float() * self.scales[:, None]
-        grouped = _unpack_nibbles(self.values).float().unflatten(1, (-1, INT4_GROUP_SIZE))
+        grouped = _grouped(_unpack_nibbles(self.values).float())
         return (grouped * self.scales.float()[:, :, None]).flatten(1)
 
 
 def quantize(weight: Tensor, weight_format: WeightFormat) -> QuantizedWeight:
     """``weight`` [num_outputs, num_inputs], of any floating type, rounded to int8 or int4.
 
+    What was rounded once stays as it is: quantising the dequantised float32 gives it again.
     Inputs of int4 must be a multiple of 32; ``ValueError`` otherwise.
     """
     weight = weight.float()
     if weight_format is WeightFormat.INT8:
-        scales = (weight.abs().amax(1) / 127).clamp_(min=_SMALLEST_SCALE)
-        values = (weight / scales[:, None]).round_().to(torch.int8)
+        scales = _int8_scales(weight)
+        values = (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
         return QuantizedWeight(weight_format, values, scales)
     if weight.shape[1] % INT4_GROUP_SIZE:
         raise ValueError(f"int4 needs inputs in groups of {INT4_GROUP_SIZE}, not {weight.shape[1]}")
-    grouped = weight.unflatten(1, (-1, INT4_GROUP_SIZE))
+    grouped = _grouped(weight)
     scales = _int4_scales(grouped)
     values = (grouped / scales.float()[:, :, None]).round_().clamp_(-8, 7).to(torch.int8)
     return QuantizedWeight(weight_format, _pack_nibbles(values.flatten(1)), scales)
 
 
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``x`` [N, K] as integers -127 .. 127 in float32, and the scale of each: [N, 1]."""
+    x = x.float()
+    scales = (x.abs().amax(1, keepdim=True) / 127).clamp_(min=_SMALLEST_SCALE)
+    return (x / scales).round_(), scales
+
+
 def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """``x`` [N, K] times the transpose of ``weight`` [M, K]: float32 [N, M].
 
-    The definition of correct for the native product, and what computes where there is none.
+    The definition of correct for the native product.
     """
-    scales = (x.float().abs().amax(1, keepdim=True) / 127).clamp_(min=_SMALLEST_SCALE)
-    rounded = (x.float() / scales).round_()
+    rounded, scales = quantize_rows(x)
     return F.linear(rounded, weight.dequantize()).mul_(scales)
+
+
+def _int8_scales(weight: Tensor) -> Tensor:
+    """Scales [M] of rows [M, K], with so few bits that 127 times a scale is exact."""
+    scales = (weight.abs().amax(1) / 127).clamp_(min=_SMALLEST_SCALE)
+    mantissa, exponent = torch.frexp(scales)
+    return torch.ldexp((mantissa * 2**16).round_(), exponent - 16)
+
+
+def _grouped(weight: Tensor) -> Tensor:
+    """Rows [M, K] as groups that share a scale: [M, K / 32, 32]."""
+    return weight.reshape(len(weight), -1, INT4_GROUP_SIZE)
 
 
 def _int4_scales(grouped: Tensor) -> Tensor:
@@ -93,7 +125,7 @@ def _int4_scales(grouped: Tensor) -> Tensor:
 
 
 def _pack_nibbles(values: Tensor) -> Tensor:
-    low, high = (values + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+    low, high = (values + 8).to(torch.uint8).view(len(values), -1, 2).unbind(2)
     return low | high << 4
 
 

@@ -23,13 +23,27 @@ from torch import Tensor
 from vllm import envs
 from vllm.checkpoint_config import read_config
 from vllm.exceptions import CheckpointError
+from vllm.kernels.quantize import QuantizedWeight, WeightFormat
 from vllm.logger import get_logger
 
-__all__ = ["iter_tensors", "load_strict", "read_config", "resolve", "select_files"]
+__all__ = [
+    "QUANTIZED_SCALE",
+    "dequantized",
+    "iter_tensors",
+    "load_strict",
+    "read_config",
+    "resolve",
+    "saved_quantization",
+    "select_files",
+]
 
 logger = get_logger(__name__)
 
+# A quantised matrix is two tensors: "NAME" of int8, or uint8 where two int4 share a byte, and this.
+QUANTIZED_SCALE = "_scale"
+
 _SINGLE_SAFETENSORS = "model.safetensors"
+_QUANTIZED_FORMATS = {torch.int8: "int8", torch.uint8: "int4"}
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
 _SHARD_PATTERN = "model-*-of-*.safetensors"
 _PICKLES = ("pytorch_model.bin", "model.pth")
@@ -88,6 +102,46 @@ def iter_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """
     for path in _weight_files(folder):
         yield from (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
+
+
+def saved_quantization(config: Mapping[str, Any], source: Path) -> str | None:
+    """int8 or int4, when ``config.json`` says that ``vllm checkpoint quantize`` wrote the folder.
+
+    Raises:
+        CheckpointError: somebody else quantised it.
+    """
+    section = config.get("quantization_config")
+    if section is None:
+        return None
+    method = section.get("quant_method") if isinstance(section, Mapping) else section
+    if method not in _QUANTIZED_FORMATS.values():
+        raise CheckpointError(
+            f"{source}: weights quantised by {method!r} are not supported; "
+            "take the checkpoint that they were made from, and --quantization int8 or int4"
+        )
+    return str(method)
+
+
+def dequantized(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Put quantised matrices and their scales together, as float32; pass on all others.
+
+    A part whose other part never comes is passed on under its own name.
+    """
+    waiting: dict[str, tuple[str, Tensor]] = {}  # name of the matrix -> the part that came first
+    for name, tensor in tensors:
+        is_values = tensor.dtype in _QUANTIZED_FORMATS
+        if not is_values and not name.endswith(f".weight{QUANTIZED_SCALE}"):
+            yield name, tensor
+            continue
+        whole = name if is_values else name.removesuffix(QUANTIZED_SCALE)
+        if whole not in waiting:
+            waiting[whole] = (name, tensor)
+            continue
+        _, other = waiting.pop(whole)
+        values, scales = (tensor, other) if is_values else (other, tensor)
+        weight_format = WeightFormat(_QUANTIZED_FORMATS[values.dtype])
+        yield whole, QuantizedWeight(weight_format, values, scales).dequantize()
+    yield from waiting.values()
 
 
 def load_strict(

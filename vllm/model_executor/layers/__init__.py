@@ -8,7 +8,7 @@ from vllm.model_executor.layers.attention import SelfAttention
 from vllm.model_executor.layers.embedding import CodebookEmbedding, Embedding
 from vllm.model_executor.layers.feed_forward import FeedForward
 from vllm.model_executor.layers.layer import Layer
-from vllm.model_executor.layers.linear import Linear, PackedLinear
+from vllm.model_executor.layers.linear import GatedLinear, Linear, PackedLinear
 from vllm.model_executor.layers.norm import RMSNorm
 from vllm.model_executor.layers.rotary import RotaryTable, inverse_frequencies
 
@@ -16,6 +16,7 @@ __all__ = [
     "CodebookEmbedding",
     "Embedding",
     "FeedForward",
+    "GatedLinear",
     "Layer",
     "Linear",
     "PackedLinear",

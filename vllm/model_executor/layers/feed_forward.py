@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm.kernels.reference import silu_mul
 from vllm.model_executor.layers.layer import Layer
-from vllm.model_executor.layers.linear import Linear, PackedLinear
+from vllm.model_executor.layers.linear import GatedLinear, Linear
 
 __all__ = ["FeedForward"]
 
@@ -21,12 +20,12 @@ class FeedForward(Layer):
     def __init__(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
-        self.gate_up = PackedLinear(hidden_size, parts, dtype)
+        self.gate_up = GatedLinear(hidden_size, parts, dtype)
         self.down = Linear(intermediate_size, hidden_size, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, hidden_size] -> [N, hidden_size]."""
-        output: Tensor = self.down(silu_mul(self.gate_up(x)))
+        output: Tensor = self.down(self.gate_up(x))
         return output
 
     def targets(self, prefix: str) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Linear maps without bias, alone or several side by side in one matrix.
 
-Owns the weights; how the product is made invariant to the batch is ``kernels.linear``'s.
+Owns the weights, and chooses once they are loaded who multiplies by them: the native library or
+torch. How either makes a row's result independent of the batch is ``kernels``' business.
 """
 
 from __future__ import annotations
@@ -10,11 +11,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from vllm.kernels import native
 from vllm.kernels.linear import DEFAULT_ROW_QUANTUM, linear, pack_weight
 from vllm.kernels.packed_linear import PackedMatrix
+from vllm.kernels.quantize import WeightFormat, quantize, quantize_rows
+from vllm.kernels.reference import silu_mul
 from vllm.model_executor.layers.layer import Layer
 
-__all__ = ["Linear", "PackedLinear"]
+__all__ = ["GatedLinear", "Linear", "PackedLinear"]
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Linear(Layer):
@@ -24,25 +30,59 @@ class Linear(Layer):
     """
 
     row_quantum = DEFAULT_ROW_QUANTUM
+    is_gated = False
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         super().__init__()
+        self.shape = (out_features, in_features)
         # Stored input-major: the same bits, and a product of few rows reads it a fifth faster.
         weight = torch.empty(in_features, out_features, dtype=dtype).t()
         self.weight = nn.Parameter(weight, requires_grad=False)
+        self._native: PackedMatrix | None = None
+        self._rounds_inputs = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_features] -> [N, out_features]."""
-        return linear(x, self.weight, self.row_quantum)
+        if self._native is not None:
+            return self._native(x).to(x.dtype)
+        return self._multiply(x)
 
-    def pack(self) -> None:
-        """Bring the loaded weight into the form of its products; nothing is loaded after it."""
-        self.weight = nn.Parameter(pack_weight(self.weight), requires_grad=False)
+    def pack(self, quantization: WeightFormat | None = None) -> None:
+        """Bring the loaded weight into the form of its products; nothing is loaded after it.
 
-    def native_matrix(self, *, is_gated: bool = False) -> PackedMatrix:
-        """A copy of the weight for native steps; see ``PackedMatrix``."""
+        Args:
+            quantization: int8 or int4, for a float32 weight on the CPU; None leaves its values.
+
+        Raises:
+            ValueError: the weight does not fit the format.
+        """
         weight = self.weight.detach()
-        return PackedMatrix(weight.to_dense() if weight.is_mkldnn else weight, is_gated=is_gated)
+        quantized = None if quantization is None else quantize(weight, quantization)
+        is_native = weight.device.type == "cpu" and weight.dtype in _NATIVE_DTYPES
+        if is_native and native.library() is not None:
+            form = weight if quantized is None else quantized
+            self._native = PackedMatrix(form, is_gated=self.is_gated)
+            weight = weight.new_empty(0)
+        else:
+            self._rounds_inputs = quantized is not None
+            weight = pack_weight(weight if quantized is None else quantized.dequantize())
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    @property
+    def uses_torch(self) -> bool:
+        """Whether products are torch's; ``weight`` holds nothing otherwise, once it is packed."""
+        return self._native is None
+
+    def native_matrix(self) -> PackedMatrix:
+        """The weight, for native steps; only where ``uses_torch`` is false."""
+        assert self._native is not None
+        return self._native
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        if not self._rounds_inputs:
+            return linear(x, self.weight, self.row_quantum)
+        rounded, scales = quantize_rows(x)
+        return linear(rounded, self.weight, self.row_quantum).mul_(scales)
 
     def targets(self, prefix: str) -> dict[str, Tensor]:
         return {f"{prefix}.weight": self.weight}
@@ -66,3 +106,17 @@ class PackedLinear(Linear):
         return {
             f"{prefix}.{name}.weight": view for name, view in zip(self._parts, views, strict=True)
         }
+
+
+class GatedLinear(PackedLinear):
+    """A gate and a map as wide side by side: ``silu(gate x) * up x``.
+
+    Args:
+        in_features: width of the input.
+        parts: checkpoint names of gate and map -> the width of each.
+    """
+
+    is_gated = True
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        return silu_mul(super()._multiply(x))

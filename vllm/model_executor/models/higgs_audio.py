@@ -7,6 +7,7 @@ both key layouts of the checkpoints; knows no sampling, delay pattern or request
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from vllm.forward_context import get_forward_context
 from vllm.kernels.attention import AttentionPlan, plan_attention
 from vllm.kernels.decode_step import DecoderLayer, DecoderWeights
 from vllm.kernels.linear import DEFAULT_ROW_QUANTUM, pad_rows
+from vllm.kernels.quantize import WeightFormat, head_format
 from vllm.model_executor.layers import (
     CodebookEmbedding,
     Embedding,
@@ -30,7 +32,7 @@ from vllm.model_executor.layers import (
     SelfAttention,
 )
 from vllm.model_executor.models.interface import ModelSpec
-from vllm.model_executor.weights import iter_tensors, load_strict
+from vllm.model_executor.weights import dequantized, iter_tensors, load_strict
 
 __all__ = [
     "HiggsAudioModel",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 _TEXT_HEAD = "text_lm_head.weight"
+_HEADS = ("audio_head", "text_head")
 _BOSON_HEADS = "audio_decoder_proj."
 _BOSON_AUDIO_EMBEDDING = "audio_codebook_embeddings.weight"
 _AUDIO_EMBEDDING = "model.embed_audio_tokens.embed_audio_tokens.weight"
@@ -99,14 +102,15 @@ class HiggsAudioModel(nn.Module):
         dtype: torch.dtype,
         max_model_len: int,
         with_text_head: bool,
+        quantization: WeightFormat | None,
     ) -> HiggsAudioModel:
         config = HiggsAudioConfig.from_folder(folder)
         with torch.device(device):
             model = cls(
                 config, dtype=dtype, max_model_len=max_model_len, with_text_head=with_text_head
             )
-        model.load(iter_tensors(folder), source=str(folder))
-        model.pack()
+        model.load(dequantized(iter_tensors(folder)), source=str(folder))
+        model.pack(quantization)
         return model.eval()
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], *, source: str) -> None:
@@ -118,10 +122,17 @@ class HiggsAudioModel(nn.Module):
 
         load_strict(self.targets(), join_split_tensors(tensors), source=source, rename=rename)
 
-    def pack(self) -> None:
-        """Bring the loaded weights into the form that is fastest here; nothing loads after it."""
-        for matrix in self._linears():
-            matrix.pack()
+    def pack(self, quantization: WeightFormat | None = None) -> None:
+        """Bring the loaded weights into the form that is fastest here; nothing loads after it.
+
+        Heads of an int4 model are int8: they are small, and an error there is not averaged out.
+        Raises ``CheckpointError`` when a width does not fit the format.
+        """
+        for name, matrix in self._named_linears():
+            try:
+                matrix.pack(head_format(quantization) if name in _HEADS else quantization)
+            except ValueError as error:
+                raise CheckpointError(f"{name} cannot be quantised: {error}") from error
 
     def targets(self) -> dict[str, Tensor]:
         """Transformers name of each tensor -> the weight, or the view of one, that it fills."""
@@ -201,8 +212,11 @@ class HiggsAudioModel(nn.Module):
         )
 
     def matrices(self) -> Iterator[Tensor]:
-        """Weights [M, K] of all matrix products."""
-        return (matrix.weight for matrix in self._linears())
+        return (matrix.weight for matrix in self._linears() if matrix.uses_torch)
+
+    @property
+    def largest_matrix(self) -> int:
+        return max(prod(matrix.shape) for matrix in self._linears())
 
     def set_row_quantum(self, quantum: int) -> None:
         self._row_quantum = quantum
@@ -210,7 +224,10 @@ class HiggsAudioModel(nn.Module):
             matrix.row_quantum = quantum
 
     def _linears(self) -> Iterator[Linear]:
-        return (module for module in self.modules() if isinstance(module, Linear))
+        return (matrix for _, matrix in self._named_linears())
+
+    def _named_linears(self) -> Iterator[tuple[str, Linear]]:
+        return ((name, each) for name, each in self.named_modules() if isinstance(each, Linear))
 
 
 class _Step(NamedTuple):
@@ -268,7 +285,7 @@ class _DualLayer(Layer):
             qkv=self.attention.qkv.native_matrix(),
             output=self.attention.output.native_matrix(),
             post_norm=self.audio_post_norm.weight,
-            gate_up=self.audio_ffn.gate_up.native_matrix(is_gated=True),
+            gate_up=self.audio_ffn.gate_up.native_matrix(),
             down=self.audio_ffn.down.native_matrix(),
         )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm.kernels.decode_step import DecoderWeights
+from vllm.kernels.quantize import WeightFormat
 
 __all__ = ["ModelSpec", "SpeechModel"]
 
@@ -61,6 +62,7 @@ class SpeechModel(Protocol):
         dtype: torch.dtype,
         max_model_len: int,
         with_text_head: bool,
+        quantization: WeightFormat | None,
     ) -> SpeechModel:
         """Build the network and fill it from a checkpoint folder; raises CheckpointError."""
         ...
@@ -99,11 +101,16 @@ class SpeechModel(Protocol):
         ...
 
     def decoder_weights(self) -> DecoderWeights:
-        """Copies for native decode steps; only where ``kernels.decode_step.can_decode``."""
+        """For native decode steps; only where ``kernels.decode_step.can_decode``."""
         ...
 
     def matrices(self) -> Iterator[Tensor]:
-        """Weights [M, K] of the matrix products, for the check of row invariance."""
+        """Weights [M, K] of the products that torch computes, for the check of row invariance."""
+        ...
+
+    @property
+    def largest_matrix(self) -> int:
+        """Weights of the largest matrix."""
         ...
 
     def set_row_quantum(self, quantum: int) -> None:

@@ -5,14 +5,17 @@ Holds dotted names only, so that knowing a model costs no import.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from vllm.exceptions import CheckpointError
+from vllm.exceptions import CheckpointError, ConfigError
+from vllm.kernels.quantize import WeightFormat
 from vllm.model_executor.models.interface import SpeechModel
-from vllm.model_executor.weights import read_config
+from vllm.model_executor.weights import read_config, saved_quantization
 from vllm.platforms import Platform, resolve_dtype
 
 __all__ = ["load_model", "supported_architectures"]
@@ -40,6 +43,7 @@ def load_model(
     dtype: str = "auto",
     max_model_len: int = 8192,
     with_text_head: bool = False,
+    quantization: str | None = None,
 ) -> SpeechModel:
     """Load the model of a checkpoint folder, ready for inference.
 
@@ -49,9 +53,11 @@ def load_model(
         dtype: float32, bfloat16, float16, or auto for the device's own.
         max_model_len: longest sequence in positions; sizes the rotary tables.
         with_text_head: keep the text head, which only sampling of text needs.
+        quantization: int8 or int4, for float32 on the CPU; None is as the checkpoint was saved.
 
     Raises:
         CheckpointError: unknown architecture, bad configuration, or tensors that do not fit it.
+        ConfigError: the weights cannot be quantised as asked for.
     """
     config = read_config(folder)
     names = [*(config.get("architectures") or []), config.get("model_type")]
@@ -63,10 +69,41 @@ def load_model(
     module, _, name = dotted.partition(":")
     model_class: type[SpeechModel] = getattr(import_module(module), name)
     target = torch.device(device)
+    resolved = resolve_dtype(dtype, Platform(target))
+    weight_format = _weight_format(config, quantization, folder)
+    if weight_format is not None:
+        _check_can_quantize(weight_format, target, resolved)
     return model_class.from_folder(
         folder,
         device=target,
-        dtype=resolve_dtype(dtype, Platform(target)),
+        dtype=resolved,
         max_model_len=max_model_len,
         with_text_head=with_text_head,
+        quantization=weight_format,
     )
+
+
+def _weight_format(
+    config: Mapping[str, Any], wanted: str | None, folder: Path
+) -> WeightFormat | None:
+    """What the weights become: as wanted, or else as the checkpoint was saved."""
+    saved = saved_quantization(config, folder)
+    if saved is not None and wanted not in (None, saved):
+        raise ConfigError(
+            f"--quantization {wanted}: {folder} holds {saved} weights; take the checkpoint that "
+            "they were made from"
+        )
+    name = wanted or saved
+    return None if name is None else WeightFormat(name)
+
+
+def _check_can_quantize(
+    weight_format: WeightFormat, device: torch.device, dtype: torch.dtype
+) -> None:
+    if device.type != "cpu":
+        raise ConfigError(
+            f"{weight_format} weights run on the CPU only, for now; "
+            "use --device cpu or a checkpoint that is not quantised"
+        )
+    if dtype != torch.float32:
+        raise ConfigError(f"{weight_format} weights compute in float32; leave --dtype out")

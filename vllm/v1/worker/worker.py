@@ -85,6 +85,7 @@ class Worker:
             device=device,
             dtype=config.model.dtype,
             max_model_len=config.model.max_model_len,
+            quantization=config.model.quantization,
         )
         num_threads = self._use_threads()
         codec = load_codec(codec_folder, device=device)
@@ -157,7 +158,7 @@ class Worker:
         num_cores = self._config.device.cpu_threads or _num_cores()
         if self._platform.is_cuda:
             return num_cores
-        is_small = max(each.numel() for each in self._model.matrices()) <= _SMALL_MATRIX
+        is_small = self._model.largest_matrix <= _SMALL_MATRIX
         one_is_best = is_small and not self._config.device.cpu_threads
         torch.set_num_threads(1 if one_is_best else num_cores)
         return num_cores
