@@ -131,14 +131,20 @@ float top_k_limit(const float* weights, int count, int64_t top_k) {
   return float_of(low);
 }
 
-// The smallest weight that stays: those above it hold less than `enough`.
+// A limit that is reached by the smallest weight that stays, and by none below it: the weights
+// above that one hold less than `enough`.
 float top_p_limit(const float* weights, int count, double enough) {
+  // What lies above `low` holds enough, what lies above `high` does not.
   int32_t low = -1, high = bits_of(1.0f);
-  while (high - low > 1) {
+  int num_above_low = count, num_above_high = 0;
+  while (high - low > 1 && num_above_low - num_above_high > 1) {
     const int32_t middle = low + (high - low) / 2;
-    (mass_above(weights, count, float_of(middle)) < enough ? high : low) = middle;
+    const int num_above = count_at_least(weights, count, float_of(middle + 1));
+    const bool is_enough = mass_above(weights, count, float_of(middle)) >= enough;
+    (is_enough ? low : high) = middle;
+    (is_enough ? num_above_low : num_above_high) = num_above;
   }
-  return float_of(high);
+  return float_of(low + 1);
 }
 
 // Codes that may be drawn, in rising order, with their weights.
