@@ -237,6 +237,50 @@ def test_voices_and_aliases(server: RealServer) -> None:
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "voice")
 
 
+def metric(server: RealServer, name: str) -> float:
+    page = server.client.get("/metrics").text
+    found = re.search(rf"^vllm:{name}\{{.*\}} (\S+)$", page, re.MULTILINE)
+    assert found is not None, name
+    return float(found[1])
+
+
+def test_an_upload_speaks_the_same_after_a_restart_and_until_it_is_deleted(
+    start_real: Callable[..., RealServer], bucket: str
+) -> None:
+    place = ("--voice-store", f"s3://{bucket}/tts")
+    first = start_real(*place).wait_ready()
+    tone = (9000 * np.sin(np.arange(48_000) / 20)).astype("<i2").tobytes()
+    form = {"name": "Anna", "transcript": "Two seconds of a tone."}
+    files = {"audio_sample": ("anna.wav", wav_of(tone), "audio/wav")}
+    num_frames = 50
+    uploaded = first.client.post("/v1/audio/voices", data=form, files=files)
+    assert uploaded.status_code == 200, uploaded.text
+    first._wait(lambda: metric(first, "gpu_prefix_cache_queries_total"))
+    first._wait(lambda: not metric(first, "num_requests_running"))
+    assert metric(first, "gpu_prefix_cache_hits_total") == 0
+    before = first.pcm(voice="Anna")
+    assert metric(first, "gpu_prefix_cache_hits_total") >= num_frames
+    assert before != first.pcm()
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait_ended() == 0
+
+    second = start_real(*place).wait_ready()
+    assert second.pcm(voice="Anna") == before
+    longer = {"input": "A long text. " * 6, "voice": "Anna", "max_tokens": 200}
+    undisturbed = second.pcm(**longer)
+    body = {**REQUEST, "response_format": "pcm", **longer}
+    with second.client.stream("POST", "/v1/audio/speech", json=body) as reply:
+        pieces = reply.iter_raw()
+        spoken = next(pieces)
+        assert second.client.delete("/v1/audio/voices/Anna").status_code == 200
+        assert second.client.get("/load").json() == {"server_load": 1}
+        refused = second.client.post("/v1/audio/speech", json={**REQUEST, "voice": "Anna"})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "voice")
+        assert "'Anna' is unknown" in refused.json()["error"]["message"]
+        spoken += b"".join(pieces)
+    assert spoken == undisturbed
+
+
 def test_a_client_that_leaves_frees_its_place(server: RealServer) -> None:
     body = {"input": "a long text " * 20, "seed": 1, "response_format": "pcm"}
     with server.client.stream("POST", "/v1/audio/speech", json=body) as reply:

@@ -267,8 +267,9 @@ async def _speak_once(engine: EngineClient, voice_id: str) -> None:
     try:
         voice = await loop.run_in_executor(voices.store_threads, voices.resolve, voice_id)
         prompt = SpeechPrompt(text="a", voice=voice)
+        # The first frame is the start code, which needs no model; the second needs the prompt.
         source = engine.generate(
-            prompt, SamplingParams(max_tokens=1), f"warm-{voice_id}-{new_id()[:8]}"
+            prompt, SamplingParams(max_tokens=2), f"warm-{voice_id}-{new_id()[:8]}"
         )
         async with aclosing(source):
             async for _ in source:
