@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
+from starlette.requests import ClientDisconnect
+
+from vllm.entrypoints.bosonai.middleware import LastResortMiddleware
 
 NUMBER_FIELDS = {  # field -> values out of its range
     "speed": [0.24, 4.01, -1, 0, 1e300, 10**400],
@@ -171,3 +175,14 @@ def test_every_failure_has_one_form(live: Any) -> None:
         assert body["code"] == reply.status_code
         assert body["detail"] == body["message"] == body["error"]["message"]
         assert reply.headers["x-request-id"]
+
+
+def test_a_client_that_leaves_amid_its_body_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    async def route(*_: Any) -> None:
+        raise ClientDisconnect
+
+    async def send(message: Any) -> None:
+        raise AssertionError(f"nobody is there to read {message}")
+
+    asyncio.run(LastResortMiddleware(route)({"type": "http"}, None, send))
+    assert not caplog.records

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -98,6 +99,8 @@ class LastResortMiddleware:
 
         try:
             await self._app(scope, receive, watch)
+        except ClientDisconnect:
+            return  # amid its body, so there is nobody to answer
         except Exception as error:
             if scope["type"] != "http":
                 raise
