@@ -405,7 +405,7 @@ def test_neutral_values_of_such_fields_are_taken(live: Any) -> None:
         ({"modalities": ["text"]}, "modalities"),
         ({"modalities": ["image"]}, "modalities"),
         ({"audio": {"voice": "nobody"}}, "audio.voice"),
-        ({"audio": {"format": "ogg"}}, "audio"),
+        ({"audio": {"format": "ogg"}}, "audio.format"),
         ({"audio": {"format": "mp3"}, "stream": True}, "audio.format"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
         ({"temperature": -1}, "temperature"),
@@ -606,3 +606,21 @@ def test_a_clip_goes_before_the_speakers(start_server: Any) -> None:
     prompt = server.engine.seen[-1][0]
     assert prompt.ref_audio is None
     assert len(prompt.history) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"audio": {"format": "xyz"}}, "audio.format"),
+        ({"audio": {"voice": 3}}, "audio.voice"),
+        ({"audio": 3}, "audio"),
+        ({"stream_options": {"include_usage": 3}}, "stream_options.include_usage"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages"),
+        ({"messages": [{"role": "nobody", "content": "Hi."}]}, "messages"),
+        ({"stop": [3]}, "stop"),
+    ],
+)
+def test_a_field_of_a_field_is_named_in_full(live: Any, fields: dict[str, Any], param: str) -> None:
+    body = {"messages": [USER], **fields}
+    reply = live.client.post("/v1/chat/completions", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)

@@ -7,6 +7,7 @@ form, also those of routing and authentication.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -59,6 +60,8 @@ _KINDS: dict[int, tuple[str, str, str]] = {
     499: ("invalid_request_error", "RequestAbortedError", "aborted"),
     503: ("service_unavailable_error", "ServiceUnavailableError", "unavailable"),
 }
+_FIELD = re.compile(r"[a-z][a-z0-9_]*")
+_TYPES = frozenset({"str", "int", "float", "bool", "bytes", "dict", "list"})
 _OTHER_4XX = ("invalid_request_error", "BadRequestError", "invalid_request")
 _OTHER_5XX = ("server_error", "InternalServerError", "internal_error")
 
@@ -210,11 +213,22 @@ def _from_validation(problems: Sequence[Any], status: int) -> JSONResponse:
 
 
 def _field_of(location: Sequence[Any]) -> str | None:
-    """Name of the field; in a list of bodies, the index goes before it."""
+    """Name of the field, with dots where it is one of a field; in a list of bodies the index is first.
+
+    What is no name ends it: the place in a list, or the type of several that was tried.
+    """
     names = location[1:]
-    if len(names) > 1 and isinstance(names[0], int):
-        return f"{names[0]}.{names[1]}"
-    return str(names[0]) if names else None
+    if not names:
+        return None
+    path = [str(names[0])]
+    if isinstance(names[0], int) and len(names) > 1:
+        path.append(str(names[1]))
+        names = names[1:]
+    for name in names[1:]:
+        if not isinstance(name, str) or not _FIELD.fullmatch(name) or name in _TYPES:
+            break
+        path.append(name)
+    return ".".join(path)
 
 
 def _sentences(problems: Sequence[Any]) -> list[str]:
