@@ -37,10 +37,10 @@ FROM ${DEVICE}
 COPY pyproject.toml setup.py CMakeLists.txt README.md LICENSE ./
 COPY csrc csrc
 COPY vllm vllm
-RUN pip install --constraint constraints.txt --editable .
+RUN pip install --constraint constraints.txt --editable '.[s3]'
 USER speech
 VOLUME /cache
 EXPOSE 8778
 HEALTHCHECK --start-period=15m --interval=10s --timeout=5s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8778/health')"]
+    CMD ["python", "-c", "import re, urllib.request; port = re.findall(r'--port[ =](\\d+)', open('/proc/1/cmdline').read().replace(chr(0), ' '))[-1]; urllib.request.urlopen(f'http://127.0.0.1:{port}/health')"]
 ENTRYPOINT ["python", "-m", "vllm.entrypoints.bosonai.api_server", "--host", "0.0.0.0", "--port", "8778"]
