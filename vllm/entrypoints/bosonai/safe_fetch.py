@@ -6,8 +6,10 @@ cannot lead elsewhere. Redirects are not followed. Knows nothing of audio.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
+import threading
 import time
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
@@ -16,6 +18,7 @@ from urllib.parse import SplitResult, urlsplit
 __all__ = ["FetchError", "fetch", "is_public"]
 
 _CHUNK_BYTES = 64 * 1024
+_TOO_LATE = "it took too long"
 _NAT64 = IPv6Network("64:ff9b::/96")
 
 
@@ -38,15 +41,22 @@ def fetch(url: str, *, max_bytes: int, timeout_s: float, allow_private: bool) ->
     deadline = time.monotonic() + timeout_s
     parts = _parse(url)
     addresses = _resolve(parts, allow_private=allow_private)
-    connection = _connect(parts, addresses, timeout_s)
+    stream = _connect(parts, addresses, deadline)
+    # A server that sends a byte now and then would outlast every single wait.
+    last_moment = threading.Timer(max(0.0, deadline - time.monotonic()), _break_off, (stream,))
+    last_moment.daemon = True
+    last_moment.start()
     try:
+        connection = _greet(parts, stream)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("GET", target, headers={"Accept": "*/*"})
         return _read(connection.getresponse(), max_bytes, deadline)
     except (OSError, HTTPException, ValueError) as error:
-        raise FetchError(f"the connection failed: {error}") from error
+        is_late = time.monotonic() >= deadline
+        raise FetchError(_TOO_LATE if is_late else f"the connection failed: {error}") from error
     finally:
-        connection.close()
+        last_moment.cancel()
+        stream.close()
 
 
 def is_public(text: str) -> bool:
@@ -92,30 +102,43 @@ def _resolve(parts: SplitResult, *, allow_private: bool) -> list[str]:
     return addresses
 
 
-def _connect(parts: SplitResult, addresses: list[str], timeout_s: float) -> HTTPConnection:
-    """A connection to the first address that answers; the host is named to it as in the URL."""
-    assert parts.hostname, "a parsed URL has a host"
+def _connect(parts: SplitResult, addresses: list[str], deadline: float) -> socket.socket:
+    """A connection to the first address that answers; nothing has been said over it."""
     problem: OSError | None = None
     for address in addresses:
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise FetchError(_TOO_LATE) from problem
         try:
-            stream = socket.create_connection((address, _port(parts)), timeout=timeout_s)
+            stream = socket.create_connection((address, _port(parts)), timeout=left_s)
         except OSError as error:
             problem = error
             continue
         if parts.scheme.lower() == "http":
-            connection = HTTPConnection(parts.hostname, _port(parts), timeout=timeout_s)
-            connection.sock = stream
-            return connection
-        secure = HTTPSConnection(parts.hostname, _port(parts), timeout=timeout_s)
-        try:
-            context = ssl.create_default_context()
-            secure.sock = context.wrap_socket(stream, server_hostname=parts.hostname)
-        except OSError as error:
-            stream.close()
-            problem = error
-            continue
-        return secure
+            return stream
+        context = ssl.create_default_context()
+        return context.wrap_socket(
+            stream, server_hostname=parts.hostname, do_handshake_on_connect=False
+        )
     raise FetchError(f"the connection failed: {problem}") from problem
+
+
+def _greet(parts: SplitResult, stream: socket.socket) -> HTTPConnection:
+    """HTTP over ``stream``, after the handshake of TLS; the host is named to it as in the URL."""
+    assert parts.hostname, "a parsed URL has a host"
+    kind: type[HTTPConnection] = HTTPConnection
+    if isinstance(stream, ssl.SSLSocket):
+        stream.do_handshake()
+        kind = HTTPSConnection
+    connection = kind(parts.hostname, _port(parts))
+    connection.sock = stream
+    return connection
+
+
+def _break_off(stream: socket.socket) -> None:
+    """End the waits of another thread on this connection."""
+    with contextlib.suppress(OSError):  # it is closed
+        socket.socket.shutdown(stream, socket.SHUT_RDWR)  # that of TLS would change its state
 
 
 def _read(reply: HTTPResponse, max_bytes: int, deadline: float) -> bytes:
@@ -126,8 +149,10 @@ def _read(reply: HTTPResponse, max_bytes: int, deadline: float) -> bytes:
         data += chunk
         if len(data) > max_bytes:
             raise FetchError(f"it is larger than {max_bytes} bytes")
-        if time.monotonic() > deadline:
-            raise FetchError("it took too long")
+    if time.monotonic() >= deadline:
+        raise FetchError(_TOO_LATE)
+    if reply.length:
+        raise FetchError(f"it broke off {reply.length} bytes before its end")
     if not data:
         raise FetchError("it is empty")
     return bytes(data)
