@@ -12,6 +12,7 @@ from vllm.kernels import native
 from vllm.kernels.attention import DecodeMetadata
 from vllm.kernels.cache import allocate_kv_caches
 from vllm.kernels.decode_step import DecoderRows, DecodeStep, can_decode
+from vllm.kernels.quantize import WeightFormat
 from vllm.model_executor.framing import DelayPattern
 from vllm.model_executor.heads import CodebookState
 from vllm.model_executor.models.higgs_audio import HiggsAudioModel
@@ -35,7 +36,18 @@ def isa(request):
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(isa):
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def torch_model():
+    """The same weights; to be called where the library is switched off."""
+    with native.disabled():
+        return make_model()
+
+
+def make_model(quantization=None):
     torch.manual_seed(0)
     config = HiggsAudioConfig(
         architecture="HiggsAudioV2ForConditionalGeneration",
@@ -66,6 +78,7 @@ def model():
     model = HiggsAudioModel(config, dtype=torch.float32, max_model_len=MAX_LEN)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2 if parameter.dim() > 1 else 1.0)
+    model.pack(quantization)
     return model
 
 
@@ -98,7 +111,7 @@ class Engine:
             self.state.add_row(row, eos_rule=each.eos_rule, frame_limit=90)
             self.state.start(torch.tensor([row]))
 
-    def native(self):
+    def native_step(self):
         rows = DecoderRows(
             kv_caches=self.caches,
             block_tables=self.tables.numpy(),
@@ -109,6 +122,7 @@ class Engine:
         return DecodeStep(self.model.decoder_weights(), rows)
 
     @torch.inference_mode()
+    @native.disabled()
     def torch_step(self, rows):
         index = torch.from_numpy(rows)
         lens = (self.positions[rows] + 1).tolist()
@@ -137,9 +151,10 @@ PARAMS = [
 LENGTHS = [3, 15, 16, 63, 100]
 
 
-def test_steps_equal_those_of_torch(model):
-    ours, theirs = (Engine(model, PARAMS, lengths=LENGTHS) for _ in range(2))
-    step = ours.native()
+def test_steps_equal_those_of_torch(model, torch_model):
+    ours = Engine(model, PARAMS, lengths=LENGTHS)
+    theirs = Engine(torch_model, PARAMS, lengths=LENGTHS)
+    step = ours.native_step()
     rows = np.arange(NUM_ROWS)
     for _ in range(60):
         our_frames, our_status = step(rows)
@@ -157,17 +172,21 @@ def test_steps_equal_those_of_torch(model):
     assert torch.equal(ours.state.memory.history, theirs.state.memory.history)
 
 
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_a_row_is_alone_in_its_bits(model, num_threads):
+@pytest.mark.parametrize(
+    ("num_threads", "quantization"),
+    [(1, None), (2, None), (3, None), (2, WeightFormat.INT8), (1, WeightFormat.INT4)],
+)
+def test_a_row_is_alone_in_its_bits(num_threads, quantization):
     """Codes, keys and values of a row are those of its run alone, whoever is beside it."""
+    model = make_model(quantization)
     alone = Engine(model, PARAMS, lengths=LENGTHS)
-    step = alone.native()
+    step = alone.native_step()
     for row in range(NUM_ROWS):
         for _ in range(12):
             step(np.array([row]))
             alone.positions[row] += 1
     together = Engine(model, PARAMS, lengths=LENGTHS)
-    step = together.native()
+    step = together.native_step()
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -192,7 +211,7 @@ def test_pages_that_no_row_may_see_are_not_read(model):
                 offset = position % BLOCK_SIZE
                 cache[:, block, :, offset] = kept[:, block, :, offset]
     clean = Engine(model, PARAMS, lengths=LENGTHS)
-    ours, theirs = engine.native(), clean.native()
+    ours, theirs = engine.native_step(), clean.native_step()
     for _ in range(10):
         frames, _ = ours(np.arange(NUM_ROWS))
         expected, _ = theirs(np.arange(NUM_ROWS))

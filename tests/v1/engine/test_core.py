@@ -231,6 +231,7 @@ def test_abort_while_a_clip_is_being_encoded(
     assert recorder.reasons("a") == [FinishReason.DEADLINE]
 
 
+@pytest.mark.usefixtures("decode_path")
 def test_a_failing_step_ends_its_requests_only(
     make_core: Callable[..., EngineCore],
     build_request: Build,
@@ -238,9 +239,10 @@ def test_a_failing_step_ends_its_requests_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     core = make_core()
-    model = core._executor._worker._model
+    runner = core._executor._worker._runner
     with monkeypatch.context() as patch:
-        patch.setattr(model, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+        step = "_torch_step" if runner._native_step is None else "_native_step"
+        patch.setattr(runner, step, lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
         failed = run(core, build_request("a"), build_request("b"))
     for name in "ab":
         assert failed.reasons(name) == [FinishReason.ERROR]
