@@ -16,6 +16,7 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
+from botocore.stub import Stubber
 
 from vllm.entrypoints.bosonai.serving_voices import open_store
 from vllm.entrypoints.bosonai.voice_bucket import BucketFiles
@@ -355,6 +356,16 @@ def test_an_upload_whose_answer_was_lost_counts(bucket: str) -> None:
     assert files._put_first("anna/voice.json", b"mine")
     assert files._put_first("anna/voice.json", b"mine"), "boto3 sent it a second time"
     assert not files._put_first("anna/voice.json", b"another")
+
+
+def test_a_write_that_met_another_is_made_again(s3: None) -> None:
+    """S3 answers 409 where a deletion came between; the server of these tests never does."""
+    files = BucketFiles("voices", "")
+    with Stubber(files._client) as answers:
+        answers.add_client_error("put_object", "ConditionalRequestConflict", http_status_code=409)
+        answers.add_response("put_object", {})
+        assert files._put_first("anna/voice.json", b"mine")
+        answers.assert_no_pending_responses()
 
 
 def test_a_bucket_that_is_not_there(s3: None, caplog: pytest.LogCaptureFixture) -> None:
