@@ -1,11 +1,16 @@
-"""``run.sh`` and ``scripts/monitor_gpu.sh``, with stand-ins for the programs that they call."""
+"""``run.sh``, ``scripts/monitor_gpu.sh`` and the image, with stand-ins for what they call."""
 
 from __future__ import annotations
 
+import io
+import json
+import re
 import shutil
 import subprocess
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,3 +134,27 @@ def test_monitor_takes_a_file_name(
     monitor("other.log", nvidia_smi=f'echo "{ROW}"', sleep="kill $PPID")
     lines = (tmp_path / "other.log").read_text(encoding="utf-8").splitlines()
     assert lines == [HEADER, ROW.replace(", ", ",")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "port"),
+    [([], 8778), (["--port", "8000"], 8000), (["--port=9000", "--model", "m"], 9000)],
+)
+def test_the_image_is_asked_for_its_health_on_its_own_port(
+    repo_root: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], port: int
+) -> None:
+    text = (repo_root / "Dockerfile").read_text(encoding="utf-8")
+    entrypoint: list[str] = json.loads(re.findall(r"^ENTRYPOINT (\[.*\])$", text, re.MULTILINE)[0])
+    (check,) = re.findall(r"^HEALTHCHECK .*\\\n +CMD (\[.*\])$", text, re.MULTILINE)
+    python, flag, code = json.loads(check)
+    assert (python, flag) == ("python", "-c")
+    command_line = "\0".join([*entrypoint, *arguments]) + "\0"
+
+    def read(path: str) -> Any:
+        assert path == "/proc/1/cmdline"
+        return io.StringIO(command_line)
+
+    asked: list[str] = []
+    monkeypatch.setattr(urllib.request, "urlopen", asked.append)
+    exec(code, {"open": read})
+    assert asked == [f"http://127.0.0.1:{port}/health"]

@@ -354,6 +354,14 @@ def test_metrics_of_requests_at_once_add_up(server: RealServer) -> None:
     assert grown["player_underruns_total"] == grown["player_stall_seconds_count"]
 
 
+def test_the_log_says_where_requests_are_served(server: RealServer) -> None:
+    url = str(server.client.base_url).rstrip("/")
+    told = [index for index, line in enumerate(server.log) if f"running on {url} " in line]
+    assert len(told) == 1
+    assert "Uvicorn running on" in server.log[told[0]]
+    assert server.log[told[0] - 1].endswith(": ready\n")
+
+
 def test_the_http_process_is_light(server: RealServer) -> None:
     maps = Path(f"/proc/{server.process.pid}/maps").read_text()
     assert "libtorch" not in maps

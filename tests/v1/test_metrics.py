@@ -135,6 +135,7 @@ def test_queues_are_read_at_the_scrape() -> None:
     values = samples_of(make_metrics(EngineStats(stats)))
     assert values["vllm:num_requests_running"] == 3
     assert values["vllm:num_requests_waiting"] == 2
+    assert (values["vllm_num_requests_running"], values["vllm_num_requests_waiting"]) == (3, 2)
     assert values["vllm:gpu_cache_usage_perc"] == 0.5
     assert values["vllm:num_preemptions_total"] == 7
 

@@ -75,7 +75,6 @@ class Voice:
     labels: dict[str, str] = field(default_factory=dict)
 
 
-
 class Speaker(NamedTuple):
     """A voice under the name that calls it in a text: ``SPEAKER0`` for the tag ``[SPEAKER0]``."""
 

@@ -177,8 +177,8 @@ class _Collector(Collector):
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(f"vllm:{name}", text, labels=[_LABEL])
+    def _gauge(self, name: str, text: str, value: float, separator: str = ":") -> Metric:
+        family = GaugeMetricFamily(f"vllm{separator}{name}", text, labels=[_LABEL])
         family.add_metric([self._model_name], value)
         return family
 
@@ -214,8 +214,13 @@ class _EngineCollector(_Collector):
             return
         queues, codec = stats.scheduler, stats.codec
         gauge, counter = self._gauge, self._counter
-        yield gauge("num_requests_running", "requests being decoded", queues.num_running)
-        yield gauge("num_requests_waiting", "requests not yet started", queues.num_waiting)
+        for separator in ":_":  # older documents look for the second form
+            yield gauge(
+                "num_requests_running", "requests being decoded", queues.num_running, separator
+            )
+            yield gauge(
+                "num_requests_waiting", "requests not yet started", queues.num_waiting, separator
+            )
         yield gauge("num_requests_finishing", "generated, audio under way", queues.num_finishing)
         yield gauge("gpu_cache_usage_perc", "share of the KV cache in use", queues.kv_cache_usage)
         yield counter(

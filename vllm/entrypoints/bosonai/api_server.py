@@ -49,7 +49,7 @@ from vllm.entrypoints.bosonai.serving_voices import (
     add_voice_routes,
     open_store,
 )
-from vllm.entrypoints.bosonai.speech_reply import END_HEADERS, START_HEADERS
+from vllm.entrypoints.bosonai.speech_reply import END_HEADERS, FALLBACK_HEADER, START_HEADERS
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.bosonai.tokenize_routes import add_tokenize_routes
 from vllm.entrypoints.bosonai.voices import VoiceLibrary
@@ -85,7 +85,7 @@ EXPOSED_HEADERS = (
     "Retry-After",
     "X-Should-Retry",
     "X-Accel-Buffering",
-    "X-Voice-Fallback",
+    FALLBACK_HEADER,
     "WWW-Authenticate",
     "Allow",
     *QUEUE_HEADERS,
@@ -103,7 +103,9 @@ _SPEECH_REPLIES: Replies = {
             **bytes_of(*(audio_format.media_type for audio_format in FORMATS.values())),
             **events_of("speech.audio.delta", "speech.audio.done", "speech.audio.error"),
         },
-        "headers": header_docs((*START_HEADERS, *QUEUE_HEADERS), (*END_HEADERS, *CACHE_HEADERS)),
+        "headers": header_docs(
+            (*START_HEADERS, *QUEUE_HEADERS), (*END_HEADERS, FALLBACK_HEADER, *CACHE_HEADERS)
+        ),
     },
     **error_replies(400, 404, 499, 500, 503),
 }
@@ -307,7 +309,10 @@ def run_server(args: ServeArgs) -> int:
 
     try:
         host = EngineHost(
-            lambda: create_engine(args), restart=args.server.restart_engine, on_fatal=on_fatal
+            lambda: create_engine(args),
+            restart=args.server.restart_engine,
+            on_ready=lambda: _log_ready(args, listener),
+            on_fatal=on_fatal,
         )
         app = build_app(args, host)
         listener = _bind(args)
@@ -382,6 +387,14 @@ def _bind(args: ServeArgs) -> socket.socket:
         "listening on %s:%d; /health is 503 until the model is ready", *listener.getsockname()[:2]
     )
     return listener
+
+
+def _log_ready(args: ServeArgs, listener: socket.socket) -> None:
+    """Say where requests are served, in the words that scripts for such servers wait for."""
+    host, port = listener.getsockname()[:2]
+    scheme = "https" if args.server.ssl_certfile else "http"
+    shown = f"[{host}]" if ":" in host else host
+    logger.info("Uvicorn running on %s://%s:%d (Press CTRL+C to quit)", scheme, shown, port)
 
 
 def _uvicorn_config(app: FastAPI, args: ServeArgs) -> uvicorn.Config:

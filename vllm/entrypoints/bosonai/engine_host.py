@@ -83,6 +83,7 @@ class EngineHost:
     Args:
         create: makes an engine that has not been started.
         restart: start a new engine when one dies.
+        on_ready: called whenever requests can be served from now on.
         on_fatal: called once when there will be no engine any more.
     """
 
@@ -91,10 +92,12 @@ class EngineHost:
         create: Callable[[], EngineClient],
         *,
         restart: bool = False,
+        on_ready: Callable[[], None] | None = None,
         on_fatal: Callable[[], None] | None = None,
     ) -> None:
         self._create = create
         self._restart = restart
+        self._on_ready = on_ready
         self._on_fatal = on_fatal
         self._engine = create()
         self._has_failed = False
@@ -132,6 +135,8 @@ class EngineHost:
             while True:
                 await self._engine.start()
                 logger.info("ready")
+                if self._on_ready is not None:
+                    self._on_ready()
                 await self._engine.wait_dead()
                 logger.error("the engine process died")
                 if not self._restart:
