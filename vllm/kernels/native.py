@@ -205,6 +205,9 @@ def _try_open() -> tuple[ctypes.CDLL | None, str]:
         return None, f"torch, because {_PATH.name} does not load: {error}"
     if version != ABI_VERSION:
         return None, f"torch, because {_PATH.name} is of version {version} and not {ABI_VERSION}"
+    missing = [name for name in _SIGNATURES if not hasattr(lib, name)]
+    if missing:
+        return None, f"torch, because {_PATH.name} lacks {', '.join(missing)}: build it again"
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
