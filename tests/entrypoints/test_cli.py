@@ -56,7 +56,10 @@ def test_an_unknown_voice_is_told_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(FakeLLM, "generate", lambda *_: pytest.fail("a model was loaded"))
-    assert main(["say", "Hi.", "-o", str(tmp_path / "a.wav"), "--voice", "nobody"]) == 1
+    assert (
+        main(["say", "Hi.", "-o", str(tmp_path / "a.wav"), "--model", "m", "--voice", "nobody"])
+        == 1
+    )
     error = capsys.readouterr().err
     assert "--voice nobody" in error
     assert "en_woman" in error

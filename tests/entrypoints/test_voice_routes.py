@@ -113,6 +113,13 @@ def test_the_engine_prepares_an_upload(server: Any) -> None:
     assert server.engine.seen[0][0].voice.voice_id == "anna"
 
 
+@pytest.mark.parametrize("words", ["", "  "])
+def test_a_prompt_needs_the_words_of_its_clip(server: Any, words: str) -> None:
+    body = {"wav_base64": base64.b64encode(wav()).decode(), "prompt_text": words}
+    reply = server.client.post("/add_prompt", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "prompt_text")
+
+
 def test_add_and_remove_prompt(server: Any) -> None:
     body = {"wav_base64": base64.b64encode(wav()).decode(), "wav_format": "wav"}
     reply = server.client.post("/add_prompt", json={**body, "prompt_text": WORDS})

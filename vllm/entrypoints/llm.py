@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vllm.config import EngineConfig
-from vllm.entrypoints.bosonai.voices import VoiceLibrary
+from vllm.entrypoints.bosonai.voices import VoiceLibrary, check_presets
 from vllm.exceptions import InvalidRequestError
 from vllm.outputs import SpeechOutput
 from vllm.prompts import SpeechPrompt
@@ -62,8 +62,7 @@ class LLM:
             **options,
         )
         folder = None if voices_dir is None else Path(voices_dir)
-        # Loading may take minutes, so a wrong folder or voice is told before it.
-        VoiceLibrary.without_engine(folder, default_voice=default_voice)
+        check_presets(self.config, folder, default_voice=default_voice)
         self._client = InprocClient(self.config)
         self.voices = VoiceLibrary.for_engine(self.info, folder=folder, default_voice=default_voice)
         self._processor = Processor(self.config, self.info, self.voices)

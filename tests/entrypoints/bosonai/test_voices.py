@@ -200,13 +200,13 @@ def test_null_in_a_preset_means_that_the_key_is_not_there(tmp_path):
 def test_the_server_checks_voices_before_it_makes_an_engine(monkeypatch):
     monkeypatch.setattr(api_server, "AsyncLLM", lambda *_: pytest.fail("an engine was made"))
     with pytest.raises(ConfigError, match=r"--default-voice bob: there is no such preset"):
-        api_server.create_engine(parse_serve_args(["--default-voice", "bob"]))
+        api_server.create_engine(parse_serve_args(["--model", "m", "--default-voice", "bob"]))
 
 
 def test_the_offline_engine_checks_voices_before_it_loads(monkeypatch, tmp_path):
     monkeypatch.setattr(llm, "InprocClient", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ConfigError, match=r"--default-voice bob"):
-        LLM(default_voice="bob")
+        LLM("m", default_voice="bob")
     with pytest.raises(ConfigError, match=rf"--voice-presets-dir {tmp_path}: .*config.json"):
         LLM(voices_dir=tmp_path)
 

@@ -52,7 +52,7 @@ from vllm.entrypoints.bosonai.serving_voices import (
 from vllm.entrypoints.bosonai.speech_reply import END_HEADERS, FALLBACK_HEADER, START_HEADERS
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.bosonai.tokenize_routes import add_tokenize_routes
-from vllm.entrypoints.bosonai.voices import VoiceLibrary
+from vllm.entrypoints.bosonai.voices import VoiceLibrary, check_presets
 from vllm.entrypoints.cli_args import ServeArgs, parse_serve_args
 from vllm.entrypoints.openai.errors import install_error_handlers
 from vllm.entrypoints.openai.protocol import AudioSpeechRequest
@@ -275,8 +275,7 @@ def create_engine(args: ServeArgs) -> EngineClient:
         ConfigError: the presets folder, the default voice or the voice store is wrong.
     """
     server = args.server
-    # Loading may take minutes, so a wrong folder or voice is told before it.
-    VoiceLibrary.without_engine(server.presets_folder, default_voice=server.default_voice)
+    check_presets(args.engine, server.presets_folder, default_voice=server.default_voice)
     store = open_store(server)
 
     def make_voices(info: EngineInfo) -> VoiceLibrary:

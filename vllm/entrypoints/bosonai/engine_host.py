@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
-from vllm.exceptions import EngineDeadError, OverloadedError
+from vllm.exceptions import EngineDeadError, HiggsAudioError, OverloadedError
 from vllm.logger import get_logger
 
 if TYPE_CHECKING:
@@ -145,8 +145,10 @@ class EngineHost:
                 await asyncio.sleep(_RESTART_PAUSE_S)
                 self._engine = self._create()
                 logger.info("starting a new engine process")
-        except Exception as error:
+        except HiggsAudioError as error:
             logger.error("the engine could not be started: %s", error)
+        except Exception:
+            logger.exception("the engine could not be started")
         self._has_failed = True
         if self._on_fatal is not None:
             self._on_fatal()

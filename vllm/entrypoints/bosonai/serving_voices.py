@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 
 from vllm import envs
@@ -32,6 +31,7 @@ from vllm.entrypoints.bosonai.voice_store import (
     id_of_name,
     new_id,
 )
+from vllm.entrypoints.openai.errors import read_body
 from vllm.entrypoints.openai.protocol import Text
 from vllm.entrypoints.openai.reply_bodies import (
     DeletedVoice,
@@ -359,6 +359,10 @@ def _add_older_routes(app: FastAPI, keeper: _VoiceKeeper) -> None:
     )
     async def add_prompt(body: AddPromptRequest) -> dict[str, str]:
         """Keep a clip as a voice without a name; its id may be sent as ``voice``."""
+        if not body.prompt_text.strip():
+            raise InvalidRequestError(
+                "prompt_text is empty; give the words of the clip", param="prompt_text"
+            )
         prompt_id = new_id()
         upload = VoiceUpload.model_validate({"name": prompt_id, "transcript": body.prompt_text})
         await keeper.keep_clip(body.wav_base64, "wav_base64", voice_id=prompt_id, upload=upload)
@@ -378,11 +382,7 @@ async def _read_upload(raw: Request) -> VoiceUpload:
         fields = await _json_fields(raw)
     else:
         fields = await _form_fields(raw)
-    try:
-        return VoiceUpload.model_validate(fields)
-    except ValidationError as error:
-        problems = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
-        raise RequestValidationError(problems) from error
+    return read_body(VoiceUpload, fields)
 
 
 async def _json_fields(raw: Request) -> Any:

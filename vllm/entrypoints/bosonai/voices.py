@@ -31,9 +31,10 @@ from vllm.logger import get_logger
 from vllm.prompts import PromptClip, Voice
 
 if TYPE_CHECKING:
+    from vllm.config import EngineConfig
     from vllm.v1.engine.messages import EngineInfo
 
-__all__ = ["OPENAI_VOICE_ALIASES", "SHIPPED_PRESETS", "VoiceLibrary"]
+__all__ = ["OPENAI_VOICE_ALIASES", "SHIPPED_PRESETS", "VoiceLibrary", "check_presets"]
 
 logger = get_logger(__name__)
 
@@ -443,6 +444,21 @@ class VoiceLibrary:
     def _clip_of(self, samples: NDArray[np.float32]) -> PromptClip:
         padded = pad_to_multiple(samples, self._hop_length)
         return PromptClip(num_frames=len(padded) // self._hop_length, samples=padded)
+
+
+def check_presets(
+    config: EngineConfig, folder: Path | None, *, default_voice: str | None = None
+) -> None:
+    """Find out what is wrong with presets before a model is loaded, which may take minutes.
+
+    The embedded model is loaded at once and may bring voices along, so without a folder its names
+    are left to be checked then.
+
+    Raises:
+        ConfigError: the folder or the default voice is wrong.
+    """
+    if folder is not None or not config.uses_embedded_model:
+        VoiceLibrary.without_engine(folder, default_voice=default_voice)
 
 
 def _list_entry(voice: Voice, *, is_upload: bool) -> dict[str, Any]:

@@ -31,12 +31,12 @@ def run(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_args(normalize_flags(argv))
     try:
-        options = _engine_options(parse_engine_config(vars(arguments)))
+        config = parse_engine_config(vars(arguments))
     except ConfigError as error:
         parser.error(str(error))
     _check_output(arguments.output)
     _check_speed(arguments.speed)
-    _check_voice(arguments.voice, arguments.voice_presets_dir)
+    _check_voice(arguments.voice, arguments.voice_presets_dir, config)
     text = sys.stdin.read() if arguments.text == "-" else arguments.text
     prompt = SpeechPrompt(
         text=text,
@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     configure_logging("warning")
     from vllm.entrypoints.llm import LLM
 
-    llm = LLM(voices_dir=arguments.voice_presets_dir, **options)
+    llm = LLM(voices_dir=arguments.voice_presets_dir, **_engine_options(config))
     try:
         output = llm.generate([prompt], params)[0]
     finally:
@@ -120,7 +120,9 @@ def _check_speed(speed: float) -> None:
         raise ConfigError(f"--speed {speed:g}: {MIN_SPEED} to {MAX_SPEED}")
 
 
-def _check_voice(name: str | None, folder: Path | None) -> None:
+def _check_voice(name: str | None, folder: Path | None, config: EngineConfig) -> None:
+    if folder is None and config.uses_embedded_model:
+        return  # which may bring voices along, and is loaded at once
     try:
         VoiceLibrary.without_engine(folder).resolve(name)
     except UnknownVoiceError as error:
