@@ -46,6 +46,8 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "/generate": {"file": {"text": "Hello.", "temperature": 0.7}},
     "/generate/batch": {"two": [{"text": "One."}, {"text": "Two.", "seed": 2}]},
+    "/tokenize": {"text": {"prompt": "Hello."}, "request": {"input": "Hello."}},
+    "/detokenize": {"one": {"tokens": [72]}},
     "/cancel": {"one": {"request_id": "my-request-1"}},
     "/v1/audio/voices": {
         "described": {"name": "Storyteller", "type": "prompt", "prompt": "A calm, low voice."}

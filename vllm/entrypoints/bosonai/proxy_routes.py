@@ -16,9 +16,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vllm.entrypoints.bosonai.admission import QUEUE_HEADERS, ticket_maker
 from vllm.entrypoints.bosonai.batch_speech import BatchItem, Failure, Spoken, speak_all
 from vllm.entrypoints.bosonai.middleware import unless_client_leaves
+from vllm.entrypoints.bosonai.response_cache import CACHE_HEADERS
 from vllm.entrypoints.bosonai.service_routes import MODE
 from vllm.entrypoints.bosonai.serving_audio import ServingAudio
-from vllm.entrypoints.bosonai.speech_reply import END_HEADERS, START_HEADERS, summary
+from vllm.entrypoints.bosonai.speech_reply import (
+    END_HEADERS,
+    FALLBACK_HEADER,
+    START_HEADERS,
+    summary,
+)
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.openai.errors import fields_named
 from vllm.entrypoints.openai.protocol import (
@@ -59,7 +65,10 @@ _WAV: Replies = {
     200: {
         "description": "A complete WAV file",
         "content": bytes_of("audio/wav"),
-        "headers": header_docs((*START_HEADERS, *QUEUE_HEADERS, *END_HEADERS, *PROXY_HEADERS)),
+        "headers": header_docs(
+            (*START_HEADERS, *QUEUE_HEADERS, *END_HEADERS, *PROXY_HEADERS),
+            (FALLBACK_HEADER, *CACHE_HEADERS),
+        ),
     },
     **error_replies(400, 422, 499, 500, 503),
 }

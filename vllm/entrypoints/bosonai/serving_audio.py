@@ -20,7 +20,12 @@ from vllm.entrypoints.bosonai.admission import Ticket, make_ticket
 from vllm.entrypoints.bosonai.middleware import unless_client_leaves
 from vllm.entrypoints.bosonai.reference_audio import ReferenceAudioLoader
 from vllm.entrypoints.bosonai.response_cache import ReplyKeys, ResponseCache
-from vllm.entrypoints.bosonai.speech_reply import Reply, SpeechReply, StreamedReply
+from vllm.entrypoints.bosonai.speech_reply import (
+    FALLBACK_HEADER,
+    Reply,
+    SpeechReply,
+    StreamedReply,
+)
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.openai.errors import fields_named
 from vllm.entrypoints.openai.protocol import AudioSpeechRequest, SamplingOptions
@@ -252,7 +257,7 @@ class ServingAudio:
 def voice_headers(prompt: SpeechPrompt) -> dict[str, str]:
     """Which voice was asked for where another had to speak instead."""
     asked = [voice.asked_for for voice in _heard(prompt) if voice.asked_for]
-    return {"X-Voice-Fallback": ",".join(asked)} if asked else {}
+    return {FALLBACK_HEADER: ",".join(asked)} if asked else {}
 
 
 def _heard(prompt: SpeechPrompt) -> list[Voice]:

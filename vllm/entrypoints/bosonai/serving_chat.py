@@ -36,6 +36,7 @@ from vllm.entrypoints.bosonai.serving_audio import (
 )
 from vllm.entrypoints.bosonai.speech_reply import (
     END_HEADERS,
+    FALLBACK_HEADER,
     START_HEADERS,
     Ending,
     SpeechReply,
@@ -363,7 +364,7 @@ _REPLIES: Replies = {
         "model": ChatCompletion,
         "description": "A completion whose message is audio, or its chunks",
         "content": events_of("message"),
-        "headers": header_docs((*START_HEADERS, *QUEUE_HEADERS), END_HEADERS),
+        "headers": header_docs((*START_HEADERS, *QUEUE_HEADERS), (*END_HEADERS, FALLBACK_HEADER)),
     },
     **error_replies(400, 404, 499, 500, 503),
 }

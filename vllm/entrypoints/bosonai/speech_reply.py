@@ -31,6 +31,7 @@ from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
 
 __all__ = [
     "END_HEADERS",
+    "FALLBACK_HEADER",
     "START_HEADERS",
     "AudioFacts",
     "Ending",
@@ -45,6 +46,8 @@ logger = get_logger(__name__)
 
 # known before the first byte, so on every reply
 START_HEADERS = ("X-Seed", "X-Voice", "X-Sample-Rate", "X-Channels", "X-Bit-Depth")
+# the voice that was asked for, where another had to speak
+FALLBACK_HEADER = "X-Voice-Fallback"
 # known at the end, so on complete files only
 END_HEADERS = (
     "X-Usage-Prompt-Tokens",

@@ -67,9 +67,9 @@ _NUMBERS = frozenset(
 )
 _ERROR_HEADERS: dict[int, Sequence[str]] = {
     401: ("WWW-Authenticate",),
-    409: ("x-should-retry",),
+    409: ("X-Should-Retry",),
     429: ("Retry-After",),
-    500: ("x-should-retry",),
+    500: ("X-Should-Retry",),
     503: ("Retry-After",),
 }
 
