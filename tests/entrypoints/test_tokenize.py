@@ -159,6 +159,42 @@ def test_a_chat_is_what_it_would_speak(server: Any) -> None:
     assert by_chat == by_speech
 
 
+@pytest.mark.parametrize(
+    ("text", "fields", "expected"),
+    [
+        ("Ha [laugh]", {}, "Ha <SE>[Laughter]</SE>"),
+        ("Ha <SE>[Laughter]</SE> ha", {}, "Ha <SE>[Laughter]</SE> ha."),
+        ("[humming start] m [humming end]", {}, "<SE_s>[Humming]</SE_s> m <SE_e>[Humming]</SE_e>"),
+        ("Ha [laugh]", {"normalize": False}, "Ha [laugh]"),
+        ("Ha <SE>", {}, "Ha."),
+    ],
+)
+def test_sounds_are_tokens_of_the_model(
+    server: Any, text: str, fields: dict[str, Any], expected: str
+) -> None:
+    answer = tokenize(server, input=text, **fields, return_token_strs=True)
+    spoken = text_of(server, answer["tokens"]).rpartition(header("user"))[2]
+    assert spoken.startswith(expected + "<|eot_id|>")
+    marks = ("<SE>", "</SE>", "<SE_s>", "</SE_s>", "<SE_e>", "</SE_e>")
+    num_marks = sum(answer["token_strs"].count(mark) for mark in marks)
+    assert num_marks == sum(expected.count(mark) for mark in marks)
+
+
+def test_speakers_without_clips_are_described(server: Any) -> None:
+    engine = server.engine
+    old, young = (
+        dataclasses.replace(engine.voices.resolve(name), scene=scene)
+        for name, scene in (("en_man", "An old man."), ("de_man", "A boy."))
+    )
+    engine.voices._voices |= {"en_man": old, "de_man": young}
+    voices = {"SPEAKER1": "de_man", "SPEAKER0": "onyx", "SPEAKER2": "en_woman"}
+    answer = tokenize(server, input="[SPEAKER0] Hi. [SPEAKER1] Ho.", voices=voices)
+    prompt = text_of(server, answer["tokens"])
+    assert "\n\nSPEAKER0: An old man.\nSPEAKER1: A boy.\n<|scene_desc_end|>" in prompt
+    assert "SPEAKER2" not in prompt
+    assert header("user") + "[SPEAKER0] Hi. [SPEAKER1] Ho.<|eot_id|>" in prompt
+
+
 def test_a_long_text_is_several_prompts(server: Any) -> None:
     answer = tokenize(server, input="One two three four five six seven eight nine ten. " * 20)
     assert len(answer["parts"]) > 2
