@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vllm.kernels import native
 from vllm.kernels.attention import (
     DecodeMetadata,
     PrefillMetadata,
@@ -21,6 +22,17 @@ from vllm.kernels.cache import (
 BLOCK = 16
 HEAD_DIM = 16
 SCALE = HEAD_DIM**-0.5
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def form(request):
+    if request.param == "torch":
+        with native.disabled():
+            yield
+        return
+    if native.library() is None:
+        pytest.skip("the native library is not built")
+    yield
 
 
 def fill(cache, block_table, length, seed):

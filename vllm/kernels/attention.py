@@ -9,7 +9,8 @@ Keys are taken in tiles that start at fixed positions of their own sequence:
                                └───────────┬──────────┘
 
 Every matrix product has the shape of one tile, and a masked tile contributes exact zeros, so a
-longer neighbour, a chunk boundary or a prefix hit changes no bit. Knows no model and no request.
+longer neighbour, a chunk boundary or a prefix hit changes no bit. Where the native library serves,
+it takes one row at a time over the same tiles instead. Knows no model and no request.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from vllm.kernels import native
 from vllm.kernels.cache import cache_rows, slots_of_positions
+from vllm.kernels.decode_attention import attend_rows, can_attend
 
 __all__ = [
     "KEY_TILE",
@@ -112,26 +116,32 @@ class _Part:
 
 
 @dataclass(frozen=True, eq=False)
+class _Sight:
+    """What each row sees: positions up to its own of the sequence with its block table."""
+
+    block_tables: Tensor  # int64 [num_sequences, max_blocks]
+    tables: Tensor  # int64 [N], the sequence of each row
+    positions: Tensor  # int64 [N]
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionPlan:
     """Everything about a step's attention that all layers share, worked out once."""
 
     num_rows: int  # N
     written_rows: Tensor  # int64 [N * 2 * num_kv_heads], where keys and values are stored
-    parts: tuple[_Part, ...]
+    parts: tuple[_Part, ...]  # none where the library attends
+    sight: _Sight | None  # for the library
 
 
 def plan_attention(metadata: AttentionMetadata, cache: Tensor) -> AttentionPlan:
     """Prepare a step from its metadata and any layer's cache."""
-    _, num_blocks, num_kv_heads, block_size, _ = cache.shape
-    geometry = _Geometry(num_blocks, block_size, num_kv_heads)
-    if isinstance(metadata, DecodeMetadata):
-        parts: tuple[_Part, ...] = (_plan_decode(metadata, geometry),)
-    else:
-        parts = tuple(_plan_sequence(each, geometry) for each in metadata.sequences)
+    is_native = _is_native(cache)
     return AttentionPlan(
         num_rows=metadata.slot_mapping.shape[0],
         written_rows=cache_rows(metadata.slot_mapping, cache),
-        parts=parts,
+        parts=() if is_native else _plan_parts(metadata, cache),
+        sight=_see(metadata) if is_native else None,
     )
 
 
@@ -147,16 +157,49 @@ def paged_attention(query: Tensor, cache: Tensor, plan: AttentionPlan, scale: fl
     Returns:
         [N, num_heads, head_dim]. Rows beyond those of the plan are padding and come back as zeros.
     """
+    if plan.sight is not None:
+        return _pad(_attend_natively(query[: plan.num_rows], cache, plan.sight, scale), query)
     first = plan.parts[0]
     if first.rows is None:
-        context = _attend_decode(query[: first.num_sequences], cache, first, scale)
-        missing = query.shape[0] - first.num_sequences
-        return F.pad(context, (0, 0, 0, 0, 0, missing)) if missing else context
+        return _pad(_attend_decode(query[: first.num_sequences], cache, first, scale), query)
     output = torch.zeros_like(query)
     for part in plan.parts:
         assert part.rows is not None
         output[part.rows] = _attend_sequence(query[part.rows], cache, part, scale)
     return output
+
+
+def _pad(context: Tensor, query: Tensor) -> Tensor:
+    """``context`` with rows of zeros up to the number of ``query``'s."""
+    missing = query.shape[0] - context.shape[0]
+    return F.pad(context, (0, 0, 0, 0, 0, missing)) if missing else context
+
+
+def _is_native(cache: Tensor) -> bool:
+    return (
+        native.library() is not None
+        and cache.device.type == "cpu"
+        and can_attend(cache.dtype, cache.shape[-1])
+    )
+
+
+def _see(metadata: AttentionMetadata) -> _Sight:
+    if isinstance(metadata, DecodeMetadata):
+        rows = torch.arange(len(metadata.context_lens))
+        return _Sight(metadata.block_tables.contiguous(), rows, metadata.context_lens - 1)
+    tables = torch.empty_like(metadata.slot_mapping)
+    positions = torch.empty_like(metadata.slot_mapping)
+    for index, each in enumerate(metadata.sequences):
+        tables[each.rows] = index
+        positions[each.rows] = torch.arange(each.start, each.start + each.length)
+    block_tables = [each.block_table for each in metadata.sequences]
+    return _Sight(pad_sequence(block_tables, batch_first=True).contiguous(), tables, positions)
+
+
+def _attend_natively(query: Tensor, cache: Tensor, sight: _Sight, scale: float) -> Tensor:
+    if query.stride()[1:] != (query.shape[2], 1):
+        query = query.contiguous()
+    return attend_rows(query, cache, sight.block_tables, sight.tables, sight.positions, scale)
 
 
 @dataclass(frozen=True)
@@ -169,6 +212,14 @@ class _Geometry:
     def run(self) -> int:
         """Positions that lie together in the cache and in a tile."""
         return math.gcd(self.block_size, KEY_TILE)
+
+
+def _plan_parts(metadata: AttentionMetadata, cache: Tensor) -> tuple[_Part, ...]:
+    _, num_blocks, num_kv_heads, block_size, _ = cache.shape
+    geometry = _Geometry(num_blocks, block_size, num_kv_heads)
+    if isinstance(metadata, DecodeMetadata):
+        return (_plan_decode(metadata, geometry),)
+    return tuple(_plan_sequence(each, geometry) for each in metadata.sequences)
 
 
 def _plan_decode(metadata: DecodeMetadata, geometry: _Geometry) -> _Part:

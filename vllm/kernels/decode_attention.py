@@ -1,7 +1,7 @@
 """Attention of single rows over the paged KV cache, natively; there is no other form of it here.
 
-The Python face of ``csrc/decode_attention.cc``. ``attention`` is the form for every device, and
-what this one is compared with.
+The Python face of ``csrc/decode_attention.cc``. ``attention`` plans steps, has the form for every
+device, and calls this one where it serves.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def attend_rows(
     """Attention of queries whose keys are all in the cache.
 
     Args:
-        query: float32 [N, num_heads, head_dim], contiguous.
+        query: float32 [N, num_heads, head_dim], the heads of a row contiguous.
         cache: float32 [2, num_blocks, num_kv_heads, block_size, head_dim].
         block_tables: int64 [num_sequences, max_blocks].
         tables: int64 [N], the sequence of each row.
@@ -99,15 +99,15 @@ def attend_rows(
     """
     lib = native.library()
     assert lib is not None
-    assert query.is_contiguous()
     num_heads, head_dim = query.shape[1:]
-    context = torch.empty_like(query)
+    assert query.stride()[1:] == (head_dim, 1)
+    context = torch.empty(query.shape)
     lib.hav_attend_rows(
         native.pool(),
         ctypes.byref(KVCacheStruct.of(cache)),
         ctypes.byref(AttentionStruct.of(block_tables, tables, positions, num_heads, scale)),
         query.data_ptr(),
-        num_heads * head_dim,
+        query.stride(0),
         context.data_ptr(),
         num_heads * head_dim,
     )
