@@ -66,3 +66,9 @@ def test_items_share_the_id_of_their_request(start_server: Any, fake_engine: Any
     assert reply.headers["x-request-id"] == "whole"
     names = [request_id.split("-")[1] for _, _, request_id in server.engine.seen]
     assert names == ["whole", "own"]
+
+
+def test_errors_name_fields_as_the_item_spelt_them(live: Any) -> None:
+    item = {"input": "Hi.", "reference_audio_base64": "!", "reference_text": "a"}
+    reply = live.client.post("/v1/audio/speech/batch", json={"items": [item]}).json()
+    assert reply["results"][0]["error"]["param"] == "reference_audio_base64"

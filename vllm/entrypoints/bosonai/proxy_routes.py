@@ -55,11 +55,7 @@ PROXY_HEADERS = ("X-Generation-Time", "X-Concurrent-Requests", "X-Mode")
 
 _MAX_ITEMS = 64
 # field of the speech route -> what the proxy calls it
-_SPEECH_FIELDS = {
-    "input": "text",
-    "ref_audio": "reference_audio_base64",
-    "ref_text": "reference_text",
-}
+_SPEECH_FIELDS = {"input": "text"}
 _USUAL_TRANSCRIPT = "Please speak naturally."  # the proxy's, for a clip that came without one
 _WAV: Replies = {
     200: {

@@ -96,9 +96,7 @@ class ServingAudio:
         ticket = self.ticket(body, raw)
         is_played = body.wants_sse or body.wants_stream
         player = VirtualPlayer(body.speed_factor) if is_played else None
-        with fields_named(body.spelt):
-            begin = self.begin(body, ticket, player=player)
-            reply = await unless_client_leaves(raw.receive, begin)
+        reply = await unless_client_leaves(raw.receive, self.begin(body, ticket, player=player))
         if body.wants_sse:
             events = reply.events()
             return StreamedReply(events, reply.outputs, "text/event-stream", reply.headers())
@@ -128,6 +126,12 @@ class ServingAudio:
         Raises:
             HiggsAudioError: the request is refused, or failed before its first audio.
         """
+        with fields_named(body.spelt):
+            return await self._begin(body, ticket, player)
+
+    async def _begin(
+        self, body: AudioSpeechRequest, ticket: Ticket, player: VirtualPlayer | None
+    ) -> Reply:
         ticket.engine_id = f"audiospeech-{ticket.client_id}-{secrets.token_hex(4)}"
         log_ignored_fields(body, ticket.engine_id)
         self._synthesizer.ready_engine()
