@@ -40,6 +40,7 @@ POLICIES = {"off": False, "on": True}
 FIGURES = {
     "num_underruns": "underruns",
     "stalled_s": "stalled s",
+    "silent_s": "waiting and stalled s",
     "first_audio_p50_s": "first audio P50 s",
     "first_audio_p95_s": "P95 s",
     "heard_s_per_s": "heard s/s",
@@ -162,12 +163,14 @@ def summarize(clients: Sequence[Client], wall_s: float) -> dict[str, float]:
     listeners = [client for client in clients if client.listens]
     others = [client for client in clients if not client.listens]
     stalls_s = [stall for client in listeners for stall in client.stalls_s]
-    first_audio = percentiles([s for client in listeners for s in client.first_audio_s], (50, 95))
+    waits_s = [wait for client in listeners for wait in client.first_audio_s]
+    first_audio = percentiles(waits_s, (50, 95))
     heard_s = sum(client.audio_s for client in listeners)
     others_s = sum(client.audio_s for client in others)
     return {
         "num_underruns": len(stalls_s),
         "stalled_s": sum(stalls_s),
+        "silent_s": sum(waits_s) + sum(stalls_s),
         "first_audio_p50_s": first_audio.get("p50", 0.0),
         "first_audio_p95_s": first_audio.get("p95", 0.0),
         "heard_s_per_s": heard_s / wall_s,

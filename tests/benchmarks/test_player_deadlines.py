@@ -63,6 +63,7 @@ def test_an_unfinished_wait_is_counted() -> None:
     figures = summarize([waiting, stalling], 10.0)
     assert waiting.first_audio_s == [5.0]
     assert (figures["num_underruns"], figures["stalled_s"]) == (1, 3.0)
+    assert figures["silent_s"] == 5.0 + 1.0 + 3.0
     assert figures["heard_s_per_s"] == figures["audio_s_per_s"] == 0.1
     assert figures["others_s_per_s"] == 0.0
 

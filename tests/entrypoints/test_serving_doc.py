@@ -36,7 +36,7 @@ from vllm.entrypoints.openai.reply_docs import ERROR_MEANINGS
 from vllm.entrypoints.openai.tokenize_protocol import DetokenizeRequest, TokenizeRequest
 from vllm.entrypoints.server_config import ServerConfig
 from vllm.outputs import FinishReason
-from vllm.v1.engine.messages import EngineStats, SchedulerStats
+from vllm.v1.engine.messages import EngineStats
 from vllm.v1.metrics import CacheStats, SpeechMetrics
 
 MIDDLEWARE_OF_POST = {413, 415, 429}
@@ -156,7 +156,7 @@ def test_headers(text: str, operations: dict[str, dict[str, Any]]) -> None:
 
 
 def test_metrics(text: str) -> None:
-    stats = EngineStats(SchedulerStats(step_token_counts=(1,)))
+    stats = EngineStats()
     page = SpeechMetrics("m", lambda: stats, CacheStats).render().decode()
     made = {
         family.name + ("_total" if family.type == "counter" else ""): family.type

@@ -228,8 +228,7 @@ class _EngineCollector(_Collector):
         )
         yield counter("gpu_prefix_cache_hits", "prompt positions found", queues.prefix_cache_hits)
         yield counter("num_preemptions", "requests set aside", queues.num_preemptions)
-        if queues.step_token_counts:
-            yield self._step_tokens(queues)
+        yield self._step_tokens(queues)
         yield counter("clip_cache_queries", "reference clips looked up", stats.num_clip_queries)
         yield counter("clip_cache_hits", "reference clips found", stats.num_clip_hits)
         yield gauge("codec_windows_waiting", "pieces of audio to be decoded", codec.num_waiting)
@@ -244,6 +243,6 @@ class _EngineCollector(_Collector):
         counts = [float(count) for count in accumulate(stats.step_token_counts)]
         name, text = "vllm:iteration_tokens_total", "prompt positions and frames of a step"
         family = HistogramMetricFamily(name, text, labels=[_LABEL])
-        buckets = list(zip(bounds, counts, strict=False))
+        buckets = list(zip(bounds, counts, strict=True))
         family.add_metric([self._model_name], buckets, stats.num_step_tokens)
         return family

@@ -102,8 +102,8 @@ class SchedulerStats:
     prefix_cache_hits: int = 0  # positions found, since start
     num_preemptions: int = 0  # since start
     # Steps since start by the positions they computed: up to each of STEP_TOKEN_BUCKETS (and above
-    # the one before), then those above the last. Empty without an engine.
-    step_token_counts: tuple[int, ...] = ()
+    # the one before), then those above the last.
+    step_token_counts: tuple[int, ...] = (0,) * (len(STEP_TOKEN_BUCKETS) + 1)
     num_step_tokens: int = 0  # positions of all these steps
 
 
