@@ -211,6 +211,115 @@ void check_shared_pool(hav_pool* pool) {
   hav_linear_destroy(weights);
 }
 
+// Two layers, five rows on their own pages: everything that a decode step reads and writes, each in
+// an allocation of exactly its size.
+class SmallDecoder {
+ public:
+  explicit SmallDecoder(hav_pool* pool) : pool_(pool) {
+    for (int64_t i = 0; i < kLayers; ++i) layers_.push_back(make_layer(i));
+    for (int64_t i = 0; i < kRows * kBlocksPerRow; ++i) block_tables_.push_back(i);
+    for (int64_t row = 0; row < kRows; ++row) {
+      positions_.push_back(row * 33);
+      // As CodebookState starts a row behind its BOS frame.
+      for (int64_t each : {1, 1 << 30, 0, 30, 2, 0}) counters_.push_back(each);
+    }
+    head_ = make_weights(kCodes, kHidden, false);
+  }
+
+  ~SmallDecoder() {
+    for (hav_linear* each : weights_) hav_linear_destroy(each);
+  }
+
+  // Codes of so many steps.
+  std::vector<int16_t> run(int num_steps) {
+    const hav_decoder decoder = describe();
+    std::vector<int64_t> rows(kRows);
+    for (int64_t row = 0; row < kRows; ++row) rows[row] = kRows - 1 - row;
+    std::vector<int16_t> all, frames(kRows * kCodebooks);
+    std::vector<uint8_t> status(kRows);
+    for (int step = 0; step < num_steps; ++step) {
+      expect(
+          hav_decode_step(pool_, &decoder, rows.data(), kRows, frames.data(), status.data()) == 0,
+          "memory for a step");
+      all.insert(all.end(), frames.begin(), frames.end());
+      for (int64_t& each : positions_) ++each;
+    }
+    return all;
+  }
+
+ private:
+  static constexpr int64_t kLayers = 2, kRows = 5, kHidden = 48, kWidth = 96, kHeads = 6;
+  static constexpr int64_t kKeyHeads = 2, kHeadDim = 16, kBlockSize = 16, kBlocksPerRow = 11;
+  static constexpr int64_t kCodebooks = 3, kCodebookSize = 37, kCodes = kCodebooks * kCodebookSize;
+  static constexpr int64_t kPositions = kBlockSize * kBlocksPerRow;
+  static constexpr int64_t kCacheSize = kRows * kPositions * kKeyHeads * kHeadDim;
+
+  hav_linear* make_weights(int64_t num_outputs, int64_t num_inputs, bool is_gated) {
+    const Matrix matrix = make_matrix(HAV_FLOAT32, num_outputs, num_inputs, numbers_);
+    weights_.push_back(matrix.packed(pool_, is_gated));
+    return weights_.back();
+  }
+
+  hav_decoder_layer make_layer(int64_t index) {
+    float* cache = caches_[index].data();
+    return {gains_.data(),
+            gains_.data(),
+            make_weights((kHeads + 2 * kKeyHeads) * kHeadDim, kHidden, false),
+            make_weights(kHidden, kHeads * kHeadDim, false),
+            make_weights(2 * kWidth, kHidden, true),
+            make_weights(kHidden, kWidth, false),
+            {cache, kCacheSize, kKeyHeads * kBlockSize * kHeadDim, kBlockSize * kHeadDim, kHeadDim,
+             kBlockSize, kKeyHeads, kHeadDim}};
+  }
+
+  hav_decoder describe() {
+    return {kLayers,
+            layers_.data(),
+            kHidden,
+            kHeads,
+            1e-5f,
+            embedding_.data(),
+            angles_.data(),
+            angles_.data(),
+            gains_.data(),
+            head_,
+            block_tables_.data(),
+            kBlocksPerRow,
+            positions_.data(),
+            {last_frame_.data(), counters_.data(), history_.data(), kCodebooks, kCodebookSize,
+             kCodebookSize - 2, kCodebookSize - 1},
+            {temperature_.data(), top_k_.data(), top_p_.data(), seed_.data(), ras_window_.data(),
+             ras_repeats_.data(), ras_blocks_.data()}};
+  }
+
+  hav_pool* pool_;
+  Numbers numbers_;
+  std::vector<hav_linear*> weights_;
+  std::vector<float> gains_ = std::vector<float>(kHidden, 1.0f);
+  std::vector<float> embedding_ = numbers_.take(kCodes * kHidden);
+  std::vector<float> angles_ = numbers_.take(kPositions * kHeadDim);
+  std::vector<float> caches_[kLayers] = {numbers_.take(2 * kCacheSize),
+                                         numbers_.take(2 * kCacheSize)};
+  std::vector<hav_decoder_layer> layers_;
+  hav_linear* head_;
+  std::vector<int64_t> block_tables_, positions_, counters_;
+  std::vector<int64_t> last_frame_ = std::vector<int64_t>(kRows * kCodebooks, kCodebookSize - 2);
+  std::vector<int16_t> history_ = std::vector<int16_t>(kRows * 64 * kCodebooks, -1);
+  std::vector<float> temperature_ = {0.0f, 1.0f, 0.7f, 1.0f, 1.0f};
+  std::vector<int64_t> top_k_ = {0, 50, 5, -1, 1};
+  std::vector<float> top_p_ = {1.0f, 0.95f, 1.0f, 0.5f, 1.0f};
+  std::vector<uint64_t> seed_ = {0, 1, 2, 3, ~uint64_t{0}};
+  std::vector<int64_t> ras_window_ = {0, 7, 64, 3, 1};
+  std::vector<int64_t> ras_repeats_ = {0, 2, 1, 1, 1};
+  std::vector<uint8_t> ras_blocks_ = {0, 0, 0, 1, 1};
+};
+
+void check_decode_steps(hav_pool* pool) {
+  const std::vector<int16_t> expected = SmallDecoder(nullptr).run(40);
+  expect(SmallDecoder(pool).run(40) == expected, "threads change codes");
+  for (int16_t code : expected) expect(code >= 0 && code < 37, "a code that there is");
+}
+
 void check_refusals() {
   const float value = 1.0f;
   expect(hav_pool_create(0) == nullptr, "a pool of no thread");
@@ -250,6 +359,7 @@ int main() {
       expect(hav_pool_num_threads(pool) == num_threads, "threads of a pool");
       check_products(pool);
       check_norm(pool);
+      check_decode_steps(pool);
       check_shared_pool(pool);
       hav_pool_destroy(pool);
     }
