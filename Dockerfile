@@ -21,6 +21,15 @@ RUN useradd --create-home --uid 1000 speech && install -d -o speech /cache
 WORKDIR /app
 COPY constraints.txt ./
 
+# The compiler stays behind; what it makes needs the C library only.
+FROM base AS native
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends cmake g++ make \
+    && rm -rf /var/lib/apt/lists/*
+COPY CMakeLists.txt ./
+COPY csrc csrc
+RUN cmake -S . -B build && cmake --build build --parallel && cmake --install build --prefix .
+
 FROM base AS cpu
 RUN pip install --constraint constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
 
@@ -34,9 +43,9 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 FROM ${DEVICE}
-COPY pyproject.toml setup.py CMakeLists.txt README.md LICENSE ./
-COPY csrc csrc
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY vllm vllm
+COPY --from=native /app/vllm/kernels/lib vllm/kernels/lib
 RUN pip install --constraint constraints.txt --editable '.[s3]'
 USER speech
 VOLUME /cache

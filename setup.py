@@ -15,6 +15,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = "vllm.kernels.lib.libhav"
@@ -36,14 +37,20 @@ class CMakeBuild(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        build = ROOT / "build" / "native"
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build)], check=True)
-        subprocess.run(
-            ["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True
-        )
-        prefix = target.parents[3]
-        subprocess.run(["cmake", "--install", str(build), "--prefix", str(prefix)], check=True)
+        build = str(ROOT / "build" / "native")
+        prefix = Path(self.get_ext_fullpath(ext.name)).resolve().parents[3]
+        num_jobs = str(os.cpu_count() or 1)
+        try:
+            subprocess.run(["cmake", "-S", str(ROOT), "-B", build], check=True)
+            subprocess.run(["cmake", "--build", build, "--parallel", num_jobs], check=True)
+            subprocess.run(["cmake", "--install", build, "--prefix", str(prefix)], check=True)
+        except subprocess.CalledProcessError as error:
+            raise CompileError(f"csrc/ does not build: {error}") from error
+
+    def copy_extensions_to_source(self) -> None:
+        # Of an editable install. The folder holds nothing else, so a checkout does not have it.
+        (ROOT / "vllm" / "kernels" / "lib").mkdir(exist_ok=True)
+        super().copy_extensions_to_source()
 
 
 class PlatformWheel(bdist_wheel):

@@ -54,7 +54,7 @@ def test_where_it_was_not_built(
     reopen: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(native, "_PATH", tmp_path / "libhav.so")
-    assert "C++ compiler was not there" in reopen()
+    assert "were not built" in reopen()
 
 
 def test_a_file_that_is_no_library(

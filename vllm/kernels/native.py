@@ -196,7 +196,7 @@ def _try_open() -> tuple[ctypes.CDLL | None, str]:
     if not envs.VLLM_NATIVE:
         return None, "torch, as VLLM_NATIVE=0 says"
     if not _PATH.exists():
-        return None, "torch; native ones are faster, but CMake or a C++ compiler was not there"
+        return None, "torch; the faster native ones were not built, see docs/kernels.md"
     try:
         lib = ctypes.CDLL(str(_PATH))
         lib.hav_abi_version.restype = c_int32
