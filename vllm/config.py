@@ -164,7 +164,7 @@ class DeviceConfig:
         "auto", "auto takes CUDA when there is a card", choices=("auto", "cpu", "cuda")
     )
     cpu_threads: int = _option(
-        0, "threads of the CPU path; 0 is all cores, or one for a small model"
+        0, "threads of the CPU path; 0 is all physical cores, or one for a small model"
     )
     batch_invariant: bool = _option(
         True, "a request's output does not depend on what else runs (bit for bit)"

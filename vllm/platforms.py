@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from vllm.exceptions import ConfigError
 
-__all__ = ["MemoryFigures", "Platform", "resolve_dtype", "select_platform"]
+__all__ = ["MemoryFigures", "Platform", "num_cores", "resolve_dtype", "select_platform"]
+
+_TOPOLOGY = Path("/sys/devices/system/cpu")
 
 _DTYPES = {
     "float32": torch.float32,
@@ -55,6 +58,27 @@ class Platform:
             total_bytes=page * os.sysconf("SC_PHYS_PAGES"),
             free_bytes=page * os.sysconf("SC_AVPHYS_PAGES"),
         )
+
+
+def num_cores(topology: Path = _TOPOLOGY) -> int:
+    """Physical cores that this process may use.
+
+    Two hardware threads of one core share its arithmetic, so products gain nothing from the second.
+
+    Args:
+        topology: where Linux describes its processors; without it, every one counts as a core.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    return len({_siblings(topology, cpu) for cpu in os.sched_getaffinity(0)})
+
+
+def _siblings(topology: Path, cpu: int) -> str:
+    """Names the core of a hardware thread, by all threads on it."""
+    try:
+        return (topology / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
 
 
 def select_platform(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:

@@ -27,7 +27,7 @@ def reopen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Open the library anew under these variables; gives the line that is logged."""
 
     def run(**variables: str) -> str:
-        for name, value in variables.items():
+        for name, value in {"VLLM_NATIVE": "1", **variables}.items():
             monkeypatch.setenv(name, value)
         return native._try_open()[1]
 

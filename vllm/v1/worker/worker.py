@@ -5,7 +5,6 @@ Loads and sizes everything once; what runs when is decided elsewhere.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from vllm.kernels.linear import find_row_quantum
 from vllm.logger import get_logger
 from vllm.model_executor.codecs import ClipCache, Codec, load_codec
 from vllm.model_executor.models import SpeechModel, load_model
-from vllm.platforms import select_platform
+from vllm.platforms import num_cores, select_platform
 from vllm.v1.core.sched_output import SchedulerOutput
 from vllm.v1.outputs import CodecStats, ModelRunnerOutput
 from vllm.v1.worker.codec_runner import CodecRunner
@@ -155,13 +154,13 @@ class Worker:
 
         The products of a small model are over before a second thread has taken its part.
         """
-        num_cores = self._config.device.cpu_threads or _num_cores()
+        num_threads = self._config.device.cpu_threads or num_cores()
         if self._platform.is_cuda:
-            return num_cores
+            return num_threads
         is_small = self._model.largest_matrix <= _SMALL_MATRIX
         one_is_best = is_small and not self._config.device.cpu_threads
-        torch.set_num_threads(1 if one_is_best else num_cores)
-        return num_cores
+        torch.set_num_threads(1 if one_is_best else num_threads)
+        return num_threads
 
     def _prepare_invariance(self) -> None:
         if not self._config.device.batch_invariant:
@@ -213,11 +212,6 @@ class Worker:
             max_num_seqs=self._max_num_seqs,
             device=device,
         )
-
-
-def _num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_fit(model: SpeechModel, codec: Codec) -> None:
