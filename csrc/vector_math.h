@@ -30,18 +30,27 @@ HAV_INLINE F32 silu(F32 x) {
   return x / (splat(1.0f) + exp_of(zero() - clamped));
 }
 
+// Lanes of a, or behind them of b, by their numbers.
+template <int... kIndex>
+HAV_INLINE F32 pick_lanes(F32 a, F32 b) {
+#if defined(__clang__)
+  return {__builtin_shufflevector(a.v, b.v, kIndex...)};
+#else
+  typedef int32_t Indices __attribute__((vector_size(sizeof(F32))));
+  return {__builtin_shuffle(a.v, b.v, Indices{kIndex...})};
+#endif
+}
+
 // One step of `sums_of`: rows a and b, folded to half their width and put side by side within
 // each run of 2 * kHalf lanes.
 template <int kHalf, int... kLane>
 HAV_INLINE F32 fold(F32 a, F32 b, std::integer_sequence<int, kLane...>) {
-  constexpr int kLanes = F32::kLanes;
-  const auto low = __builtin_shufflevector(
-      a.v, b.v,
-      (kLane / (2 * kHalf) * (2 * kHalf) + kLane % kHalf + kLane / kHalf % 2 * kLanes)...);
-  const auto high = __builtin_shufflevector(
-      a.v, b.v,
-      (kLane / (2 * kHalf) * (2 * kHalf) + kLane % kHalf + kLane / kHalf % 2 * kLanes + kHalf)...);
-  return F32{low} + F32{high};
+  constexpr int kRun = 2 * kHalf;
+  const F32 low =
+      pick_lanes<(kLane / kRun * kRun + kLane % kHalf + kLane / kHalf % 2 * F32::kLanes)...>(a, b);
+  const F32 high = pick_lanes<(kLane / kRun * kRun + kLane % kHalf +
+                               kLane / kHalf % 2 * F32::kLanes + kHalf)...>(a, b);
+  return low + high;
 }
 
 template <int kHalf>
