@@ -12,7 +12,7 @@ from vllm.v1.request import Request
 
 __all__ = ["RowTurns"]
 
-_LEAD_S = 2.0  # audio ahead of a listener with which his row can wait: a chunk and its context
+_LEAD_S = 2.0  # audio ahead of a listener with which a row can wait: a chunk and its context
 _NUM_TURNS = 4  # of the rows that can wait, one in so many is in a step
 _STEPS_PER_CHECK = 16  # one in so many steps is over all rows, to learn how long that takes
 _WORTHWHILE = 0.75  # of a whole step's time, which a partial one must stay below
@@ -25,7 +25,7 @@ class RowTurns:
 
     A decode step makes one frame of each of its rows. While a step over all rows takes no longer
     than a frame plays, nobody falls behind and all rows are in every step. When it takes longer,
-    the device is saturated: rows whose listener has less than ``_LEAD_S`` of audio ahead of him
+    the device is saturated: rows whose listener has less than ``_LEAD_S`` of audio ahead
     are in every step, and the others, which nobody hears or which are far ahead, take turns. That
     goes on only as long as smaller steps really are shorter ones.
 

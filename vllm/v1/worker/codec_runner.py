@@ -56,9 +56,9 @@ class CodecRunner:
 
     Requests take turns, one window each, so none waits for another to end. First comes the window
     whose listener would hear silence soonest; what nobody listens to comes in the order of arrival,
-    and nothing is put off for longer than ``_PATIENCE_S``, clips for no longer than
-    ``_CLIP_PATIENCE_S``. Served late, a listener's next window is due later than all that waited
-    then, so everything gets its turn.
+    and so does what has waited for ``_PATIENCE_S``, a clip for ``_CLIP_PATIENCE_S``. When a
+    listener is served, the next window is due later than all that was overdue, so everything gets
+    its turn.
 
     Args:
         codec: where its weights are, the work is done.
