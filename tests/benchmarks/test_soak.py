@@ -43,9 +43,10 @@ def test_what_is_complained_about(change: dict[str, object], complaint: str) -> 
 
 
 def test_order_of_requests() -> None:
-    first, second = Turn(0, sent_at=0.0, answered_at=5.0), Turn(0, sent_at=3.0, answered_at=4.0)
+    first, second = Turn(0, sent_at=0.0, answered_at=9.0), Turn(0, sent_at=3.0, answered_at=4.0)
     assert count_overtaken([first, second]) == (1, 1)
-    assert count_overtaken([first, replace(second, answered_at=6.0)]) == (1, 0)
+    assert count_overtaken([first, replace(second, answered_at=10.0)]) == (1, 0)
+    assert count_overtaken([first, replace(second, answered_at=8.0)]) == (1, 0)  # began earlier?
     assert count_overtaken([first, replace(second, sent_at=1.0)]) == (0, 0)  # too close
     assert count_overtaken([replace(first, answered_at=2.0), second]) == (0, 0)  # never together
     assert count_overtaken([first, replace(second, priority=-1)]) == (0, 0)  # it may overtake
