@@ -35,10 +35,9 @@ class NullCodecRunner:
     def __init__(self, *_: Any, **__: Any) -> None:
         self._chunks: list[AudioChunk] = []
 
-    def open(self, request_id: str, *, max_silence_frames: int | None) -> None:
-        pass
-
-    def follow(self, request_id: str, listener: Listener) -> None:
+    def open(
+        self, request_id: str, *, max_silence_frames: int | None, listener: Listener | None = None
+    ) -> None:
         pass
 
     def push(self, request_id: str, frames: NDArray[np.int16], *, final: bool) -> None:

@@ -335,8 +335,7 @@ def test_urgent_windows_come_before_clips_and_a_bad_clip_ends_alone(make_runner)
     runner = make_runner(scripted, threaded=False)
     runner.encode("bad", np.full(4, np.nan, np.float32))
     runner.encode("good", np.ones(4, np.float32))
-    runner.open("a", max_silence_frames=None)
-    runner.follow("a", Listener(speed=1.0, dry_at=time.monotonic()))
+    runner.open("a", max_silence_frames=None, listener=Listener(speed=1.0, dry_at=time.monotonic()))
     runner.push("a", scripted_frames(1), final=True)
     first = runner.poll()
     assert (len(first.chunks), len(first.clips)) == (1, 0)
@@ -379,9 +378,8 @@ def test_whose_listener_has_least_comes_first(make_runner, clock):
     runner = make_runner(ScriptedCodec(), ramp=(2,), threaded=False)
     ahead = {"nobody": None, "plenty": 5.0, "little": 1.0, "waiting": -3.0}
     for name, seconds in ahead.items():
-        runner.open(name, max_silence_frames=None)
-        if seconds is not None:
-            runner.follow(name, Listener(speed=1.0, dry_at=clock.now + seconds))
+        listener = None if seconds is None else Listener(1.0, dry_at=clock.now + seconds)
+        runner.open(name, max_silence_frames=None, listener=listener)
         runner.push(name, scripted_frames(1, 1), final=True)
     assert served(runner) == ["waiting", "little", "plenty", "nobody"]
 
@@ -390,8 +388,11 @@ def test_audio_that_was_decoded_counts_as_ahead(make_runner, clock):
     """8 samples are a millisecond; each window gives two frames of 4 samples."""
     runner = make_runner(ScriptedCodec(), ramp=(2,), threaded=False)
     for name, seconds, speed in (("a", 0.0, 2.0), ("b", 0.0006, 1.0)):
-        runner.open(name, max_silence_frames=None)
-        runner.follow(name, Listener(speed=speed, dry_at=clock.now + seconds))
+        runner.open(
+            name,
+            max_silence_frames=None,
+            listener=Listener(speed=speed, dry_at=clock.now + seconds),
+        )
         runner.push(name, scripted_frames(1, 1, 1, 1, 1, 1), final=True)
     # a: 0, 0.5, 1.0; b: 0.6, 1.6, 2.6
     assert served(runner) == ["a", "a", "b", "a", "b", "b"]
@@ -405,8 +406,7 @@ def test_nothing_is_put_off_for_ever(make_runner, clock):
     runner.push("nobody", scripted_frames(1), final=True)
     listeners = [f"l{index}" for index in range(10)]
     for name in listeners:
-        runner.open(name, max_silence_frames=None)
-        runner.follow(name, Listener(speed=1.0, dry_at=clock.now))
+        runner.open(name, max_silence_frames=None, listener=Listener(speed=1.0, dry_at=clock.now))
         runner.push(name, scripted_frames(1, 1), final=False)  # what a window looks ahead
     order = []
     for _ in range(14):
@@ -420,10 +420,6 @@ def test_nothing_is_put_off_for_ever(make_runner, clock):
     assert 10 <= order.index("clip") <= 20
     assert 100 <= order.index("nobody") <= 120
     assert min(order.count(name) for name in listeners) >= 10
-
-
-def test_an_unknown_listener_is_no_mistake(make_runner):
-    make_runner(ScriptedCodec(), threaded=False).follow("gone", Listener(1.0, 0.0))
 
 
 def test_a_codec_without_encoder_says_so(tmp_path, make_runner):

@@ -96,19 +96,27 @@ class CodecRunner:
         self._stopping = False
         self._thread = self._start_thread(num_threads) if threaded else None
 
-    def open(self, request_id: str, *, max_silence_frames: int | None) -> None:
-        """Begin a request. ``max_silence_frames`` in a row end it; None switches that off."""
+    def open(
+        self,
+        request_id: str,
+        *,
+        max_silence_frames: int | None,
+        listener: Listener | None = None,
+    ) -> None:
+        """Begin a request.
+
+        Args:
+            request_id: not in use.
+            max_silence_frames: as many in a row end it; None switches that off.
+            listener: in time for whom its windows are decoded.
+        """
         with self._changed:
             if request_id in self._streams:
                 raise ValueError(f"request {request_id!r} is already open")
-            self._streams[request_id] = _Stream(request_id, max_silence_frames)
-
-    def follow(self, request_id: str, listener: Listener) -> None:
-        """Decode a request's windows in time for its listener. Unknown ids are fine."""
-        with self._changed:
-            stream = self._streams.get(request_id)
-            if stream is not None:
+            stream = _Stream(request_id, max_silence_frames)
+            if listener is not None:
                 stream.player = VirtualPlayer(listener.speed, dry_at=listener.dry_at)
+            self._streams[request_id] = stream
 
     def push(self, request_id: str, frames: NDArray[np.int16], *, final: bool) -> None:
         """Add real codes, delay undone, int16 [K, n]; n may be 0 with ``final``.

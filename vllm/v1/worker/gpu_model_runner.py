@@ -184,7 +184,9 @@ class GPUModelRunner:
     def _add(self, data: NewRequestData) -> None:
         row = self._take_row(data)
         self._state.add_request(row, data)
-        self._codec.open(data.request_id, max_silence_frames=data.max_silence_frames)
+        self._codec.open(
+            data.request_id, max_silence_frames=data.max_silence_frames, listener=data.listener
+        )
         running = _Running(data, row, self._state.make_framing())
         self._requests[data.request_id] = running
         self._num_positions[row] = data.num_cached_positions

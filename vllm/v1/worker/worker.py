@@ -122,11 +122,7 @@ class Worker:
 
     def execute_model(self, plan: SchedulerOutput, *, wait_s: float) -> ModelRunnerOutput:
         """Run one step; see ``GPUModelRunner.execute_model``."""
-        output = self._runner.execute_model(plan, wait_s=wait_s)
-        for data in plan.new:
-            if data.listener is not None:
-                self._codec_runner.follow(data.request_id, data.listener)
-        return output
+        return self._runner.execute_model(plan, wait_s=wait_s)
 
     def encode_clip(self, key: str, samples: NDArray[np.float32]) -> None:
         """Queue a reference clip; its codes come with a later step's output."""
