@@ -12,6 +12,7 @@ of memory reaches in the same run.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -28,11 +29,17 @@ from vllm.kernels.packed_linear import PackedMatrix
 from vllm.kernels.quantize import QuantizedWeight, WeightFormat, quantize
 
 NUM_BYTES = {"cache": 4 << 20, "memory": 512 << 20}  # of float32 weights
+CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 HEADER = ["format", "us", "GFLOP/s", "GB/s", "of reading", "torch / ours"]
 
 
 def measure(
-    shape: tuple[int, int], num_rows: int, *, where: str, num_rounds: int
+    shape: tuple[int, int],
+    num_rows: int,
+    *,
+    where: str,
+    num_rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, Any]]:
     """One line for each format, torch's float32 first."""
     num_copies = max(1, NUM_BYTES[where] // (shape[0] * shape[1] * 4))
@@ -49,7 +56,8 @@ def measure(
         matrices = [PackedMatrix(in_format(weight, weight_format)) for _ in range(num_copies)]
         num_bytes[str(weight_format)] = matrices[0].num_bytes
         rivals[str(weight_format)] = lambda each=matrices: [matrix(x) for matrix in each]
-    seconds = interleave(rivals, num_rounds=num_rounds, title=f"{shape[0]}x{shape[1]}, {num_rows}")
+    title = f"{shape[0]}x{shape[1]}, {num_rows}"
+    seconds = interleave(rivals, num_rounds=num_rounds, title=title, clock=clock)
     reading = NUM_BYTES[where] / median(seconds["reading"])
     lines = []
     for name, size in num_bytes.items():
@@ -90,7 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for where in arguments.where:
         for shape in arguments.shapes:
             for num_rows in arguments.rows:
-                lines = measure(shape, num_rows, where=where, num_rounds=arguments.num_rounds)
+                lines = measure(
+                    shape,
+                    num_rows,
+                    where=where,
+                    num_rounds=arguments.num_rounds,
+                    clock=CLOCKS[arguments.clock],
+                )
                 results += lines
                 print(
                     f"\n{shape[0]} x {shape[1]}, {num_rows} rows, weights in {where}, "
@@ -133,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--where", choices=tuple(NUM_BYTES), nargs="+", default=["cache"])
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--num-rounds", type=int, default=15)
+    parser.add_argument(
+        "--clock",
+        choices=tuple(CLOCKS),
+        default="wall",
+        help="thread: CPU time of one thread, on a machine that others use",
+    )
     parser.add_argument("--json", type=Path)
     return parser
 
