@@ -41,11 +41,6 @@ void hav_rms_norm(hav_pool* pool, const float* x, int64_t x_stride, const float*
   hav::kernels().rms_norm(as_pool(pool), x, x_stride, weight, eps, y, y_stride, num_rows, width);
 }
 
-void hav_silu_mul(hav_pool* pool, const float* gate_up, int64_t gate_up_stride, float* y,
-                  int64_t y_stride, int64_t num_rows, int64_t width) {
-  hav::kernels().silu_mul(as_pool(pool), gate_up, gate_up_stride, y, y_stride, num_rows, width);
-}
-
 void hav_embed_codes(hav_pool* pool, const float* table, int64_t width, const int64_t* codes,
                      int64_t codes_stride, int64_t num_codebooks, int64_t codebook_size, float* y,
                      int64_t y_stride, int64_t num_rows) {

@@ -62,12 +62,6 @@ HAV_API int32_t hav_pool_num_threads(const hav_pool* pool);
 HAV_API void hav_rms_norm(hav_pool* pool, const float* x, int64_t x_stride, const float* weight,
                           float eps, float* y, int64_t y_stride, int64_t num_rows, int64_t width);
 
-// silu(gate) * up, with silu(z) = z / (1 + e^-z), for gate and up side by side.
-//   gate_up  [num_rows, 2 * width] with stride gate_up_stride
-//   y        [num_rows, width] with stride y_stride
-HAV_API void hav_silu_mul(hav_pool* pool, const float* gate_up, int64_t gate_up_stride, float* y,
-                          int64_t y_stride, int64_t num_rows, int64_t width);
-
 // Sum over codebooks of one row of a table each: code c of codebook k has row k * codebook_size +
 // c.
 //   table  [num_codebooks * codebook_size, width]

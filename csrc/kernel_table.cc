@@ -5,7 +5,6 @@
 #include "kernels.h"
 #include "rms_norm.h"
 #include "sampler.h"
-#include "silu_mul.h"
 
 namespace hav::HAV_ISA {
 
@@ -19,7 +18,6 @@ const Kernels kKernels = {
     pack_linear,
     linear_workspace_bytes,
     linear,
-    silu_mul,
     embed_codes,
     attend_rows,
     rope_write_attend,

@@ -21,8 +21,6 @@ struct Kernels {
   size_t (*linear_workspace_bytes)(const LinearWeights& weights, int64_t num_rows);
   void (*linear)(ThreadPool* pool, const LinearWeights& weights, const LinearInput& input,
                  const LinearOutput& output, void* workspace);
-  void (*silu_mul)(ThreadPool* pool, const float* gate_up, int64_t gate_up_stride, float* y,
-                   int64_t y_stride, int64_t num_rows, int64_t width);
   void (*embed_codes)(ThreadPool* pool, const float* table, int64_t width, const int64_t* codes,
                       int64_t codes_stride, int64_t num_codebooks, int64_t codebook_size, float* y,
                       int64_t y_stride, int64_t num_rows);

@@ -35,10 +35,11 @@ def test_equals_torch(num_rows, num_codebooks, codebook_size, width, padding, se
     table = torch.randn(num_codebooks * codebook_size, width)
     held = torch.full((num_rows, num_codebooks + padding), 10**9)
     codes = held[:, :num_codebooks]
+    offsets = torch.arange(num_codebooks) * codebook_size
     codes.copy_(torch.randint(codebook_size, (num_rows, num_codebooks)))
-    y = embed_codes(codes, table)
+    y = embed_codes(codes, table, offsets)
     with native.disabled():
-        expected = embed_codes(codes, table)
+        expected = embed_codes(codes, table, offsets)
     torch.testing.assert_close(y, expected)
     for row in range(num_rows):
-        assert torch.equal(embed_codes(codes[row : row + 1], table), y[row : row + 1])
+        assert torch.equal(embed_codes(codes[row : row + 1], table, offsets), y[row : row + 1])

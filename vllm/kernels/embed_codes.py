@@ -14,19 +14,18 @@ from vllm.kernels import native
 __all__ = ["embed_codes"]
 
 
-def embed_codes(codes: Tensor, table: Tensor) -> Tensor:
+def embed_codes(codes: Tensor, table: Tensor, offsets: Tensor) -> Tensor:
     """Embed delayed frames.
 
     Args:
         codes: int64 [N, num_codebooks].
         table: [num_codebooks * codebook_size, H]; code c of codebook k has row
             ``k * codebook_size + c``.
+        offsets: int64 [num_codebooks], the rows of the codebooks' first codes.
 
     Returns:
         [N, H]; each row alone in its bits.
     """
-    num_rows, num_codebooks = codes.shape
-    codebook_size = table.shape[0] // num_codebooks
     lib = native.library()
     stride = native.row_stride(codes)
     is_native = (
@@ -37,9 +36,9 @@ def embed_codes(codes: Tensor, table: Tensor) -> Tensor:
         and table.is_contiguous()
     )
     if not is_native:
-        offsets = torch.arange(num_codebooks, device=codes.device) * codebook_size
         return F.embedding(codes + offsets, table).sum(dim=1)
     assert lib is not None
+    num_rows, num_codebooks = codes.shape
     width = table.shape[1]
     y = torch.empty(num_rows, width)
     lib.hav_embed_codes(
@@ -49,7 +48,7 @@ def embed_codes(codes: Tensor, table: Tensor) -> Tensor:
         codes.data_ptr(),
         stride,
         num_codebooks,
-        codebook_size,
+        table.shape[0] // num_codebooks,
         y.data_ptr(),
         width,
         num_rows,

@@ -66,10 +66,6 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
             *(c_void_p, c_int64, c_int32),
         ),
     ),
-    "hav_silu_mul": (
-        None,
-        (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64),
-    ),
     "hav_embed_codes": (
         None,
         (

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm.kernels.embed_codes import embed_codes
 from vllm.model_executor.layers.layer import Layer
 
 __all__ = ["CodebookEmbedding", "Embedding"]
@@ -44,4 +45,4 @@ class CodebookEmbedding(Embedding):
 
     def forward(self, codes: Tensor) -> Tensor:
         """int64 [N, num_codebooks] -> [N, hidden_size]."""
-        return F.embedding(codes + self.offsets, self.weight).sum(dim=1)
+        return embed_codes(codes, self.weight, self.offsets)

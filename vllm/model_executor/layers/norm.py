@@ -1,6 +1,6 @@
 """Root-mean-square norm with a learned gain.
 
-Owns the gain; the arithmetic is ``kernels.reference``'s.
+Owns the gain; the arithmetic is ``kernels.rms_norm``'s.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vllm.kernels.reference import rms_norm
+from vllm.kernels.rms_norm import rms_norm
 from vllm.model_executor.layers.layer import Layer
 
 __all__ = ["RMSNorm"]
