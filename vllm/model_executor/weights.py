@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from fnmatch import fnmatch
 from importlib import import_module
 from importlib.util import find_spec
@@ -145,51 +145,62 @@ def dequantized(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Te
 
 
 def load_strict(
-    targets: Mapping[str, Tensor],
+    targets: MutableMapping[str, Tensor],
     tensors: Iterable[tuple[str, Tensor]],
     *,
     source: str,
     rename: Callable[[str], str | None] | None = None,
     optional: Collection[str] = (),
+    on_filled: Callable[[str], None] | None = None,
 ) -> None:
     """Copy a stream of tensors into the places that want them, and refuse anything else.
 
     Args:
         targets: name -> destination. A destination may be a view into a packed parameter, so a
-            parameter can be filled by several tensors.
+            parameter can be filled by several tensors. Each is taken out when it is filled, so that
+            nothing here keeps its memory.
         tensors: names and tensors as a checkpoint spells them; values are cast on copy.
         source: what to call the checkpoint in an error.
         rename: file name of a tensor -> its name in ``targets``, or None to skip the tensor.
         optional: names in ``targets`` that may stay untouched.
+        on_filled: called with each name in ``targets`` that was filled.
 
     Raises:
         CheckpointError: one error that names every missing, surplus and misshapen tensor.
     """
-    missing = set(targets)
+    given: set[str] = set()
     problems: list[str] = []
     for spelled, tensor in tensors:
         name = spelled if rename is None else rename(spelled)
         if name is None:
             continue
-        target = targets.get(name)
-        if target is None:
-            problems.append(f"unexpected: {spelled} {list(tensor.shape)}")
-        elif name not in missing:
+        if name in given:
             problems.append(f"given twice: {spelled} (as {name})")
-        elif target.shape != tensor.shape:
-            problems.append(
-                f"wrong shape: {spelled} is {list(tensor.shape)}, expected {list(target.shape)}"
-            )
-            missing.discard(name)
+        elif name not in targets:
+            problems.append(f"unexpected: {spelled} {list(tensor.shape)}")
         else:
-            with torch.no_grad():
-                target.copy_(tensor)
-            missing.discard(name)
-    absent = sorted(missing.difference(optional))
+            given.add(name)
+            expected = _fill(targets.pop(name), tensor)
+            if expected is not None:
+                problems.append(
+                    f"wrong shape: {spelled} is {list(tensor.shape)}, expected {list(expected)}"
+                )
+            elif on_filled is not None:
+                on_filled(name)
+    absent = sorted(targets.keys() - set(optional))
     problems += [f"missing: {name} {list(targets[name].shape)}" for name in absent]
     if problems:
         lines = "\n  ".join(problems)
         raise CheckpointError(f"{source} does not fit its configuration:\n  {lines}")
+
+
+def _fill(target: Tensor, tensor: Tensor) -> torch.Size | None:
+    """Copy; or, where that cannot be, the shape that was expected."""
+    if target.shape != tensor.shape:
+        return target.shape
+    with torch.no_grad():
+        target.copy_(tensor)
+    return None
 
 
 def _weight_files(folder: Path) -> list[Path]:

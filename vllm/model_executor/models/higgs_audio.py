@@ -6,6 +6,7 @@ both key layouts of the checkpoints; knows no sampling, delay pattern or request
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from pathlib import Path
@@ -109,30 +110,48 @@ class HiggsAudioModel(nn.Module):
             model = cls(
                 config, dtype=dtype, max_model_len=max_model_len, with_text_head=with_text_head
             )
-        model.load(dequantized(iter_tensors(folder)), source=str(folder))
-        model.pack(quantization)
+        model.load(dequantized(iter_tensors(folder)), source=str(folder), quantization=quantization)
         return model.eval()
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]], *, source: str) -> None:
-        """Fill the weights from tensors in either key layout; raises CheckpointError."""
+    def load(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        source: str,
+        quantization: WeightFormat | None = None,
+    ) -> None:
+        """Fill the weights from tensors in either key layout; raises CheckpointError.
+
+        Each matrix is packed as soon as it is whole, so that memory never holds all of them in the
+        wider form that they are loaded in.
+        """
+        targets = self.targets()
+        matrices = {_address(each.weight): (name, each) for name, each in self._named_linears()}
+        addresses = {name: _address(target) for name, target in targets.items()}
+        parts = Counter(addresses.values())
 
         def rename(name: str) -> str | None:
             canonical = canonical_tensor_name(name)
             return None if canonical == _TEXT_HEAD and self.text_head is None else canonical
 
-        load_strict(self.targets(), join_split_tensors(tensors), source=source, rename=rename)
+        def pack_when_whole(name: str) -> None:
+            address = addresses[name]
+            parts[address] -= 1
+            if parts[address] == 0 and address in matrices:
+                _pack(*matrices[address], quantization)
+
+        load_strict(
+            targets,
+            join_split_tensors(tensors),
+            source=source,
+            rename=rename,
+            on_filled=pack_when_whole,
+        )
 
     def pack(self, quantization: WeightFormat | None = None) -> None:
-        """Bring the loaded weights into the form that is fastest here; nothing loads after it.
-
-        Heads of an int4 model are int8: they are small, and an error there is not averaged out.
-        Raises ``CheckpointError`` when a width does not fit the format.
-        """
+        """Bring weights that were not loaded but made into the form that is fastest here."""
         for name, matrix in self._named_linears():
-            try:
-                matrix.pack(head_format(quantization) if name in _HEADS else quantization)
-            except ValueError as error:
-                raise CheckpointError(f"{name} cannot be quantised: {error}") from error
+            _pack(name, matrix, quantization)
 
     def targets(self) -> dict[str, Tensor]:
         """Transformers name of each tensor -> the weight, or the view of one, that it fills."""
@@ -228,6 +247,22 @@ class HiggsAudioModel(nn.Module):
 
     def _named_linears(self) -> Iterator[tuple[str, Linear]]:
         return ((name, each) for name, each in self.named_modules() if isinstance(each, Linear))
+
+
+def _address(tensor: Tensor) -> int:
+    """Tells weights apart; views of one weight have its own."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _pack(name: str, matrix: Linear, quantization: WeightFormat | None) -> None:
+    """Pack one matrix.
+
+    Heads of an int4 model are int8: they are small, and an error there is not averaged out.
+    """
+    try:
+        matrix.pack(head_format(quantization) if name in _HEADS else quantization)
+    except ValueError as error:
+        raise CheckpointError(f"{name} cannot be quantised: {error}") from error
 
 
 class _Step(NamedTuple):
