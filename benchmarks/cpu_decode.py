@@ -109,11 +109,11 @@ def measure(
     }
 
 
-def make_checkpoint(folder: Path, num_layers: int) -> None:
-    """The tiny size with another number of layers, and its codec."""
-    run_make(folder, layout="transformers", size="tiny")
-    tiny = HiggsAudioConfig.from_folder(folder / "lm")
-    config = replace(tiny, num_hidden_layers=num_layers)
+def make_checkpoint(folder: Path, size: str, num_layers: int) -> None:
+    """A size with another number of layers, and its codec."""
+    run_make(folder, layout="transformers", size=size)
+    plain = HiggsAudioConfig.from_folder(folder / "lm")
+    config = replace(plain, num_hidden_layers=num_layers)
     make_model(folder / "lm", layout="transformers", config=config)
 
 
@@ -136,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--formats", nargs="+", default=["float32"], help="of native weights")
+    parser.add_argument("--size", default="tiny", help="of the layers, see vllm checkpoint make")
     parser.add_argument("--num-layers", type=int, default=8)
     parser.add_argument("--num-rounds", type=int, default=100)
     parser.add_argument("--num-threads", type=int, default=1)
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if native.library() is None:
         parser.error("the native library is not built")
     with tempfile.TemporaryDirectory() as name:
-        make_checkpoint(Path(name), arguments.num_layers)
+        make_checkpoint(Path(name), arguments.size, arguments.num_layers)
         results = [
             measure(
                 Path(name),

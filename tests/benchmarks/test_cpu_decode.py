@@ -13,7 +13,7 @@ from vllm.kernels import native
 
 @pytest.mark.skipif(native.library() is None, reason="the native library is not built")
 def test_both_paths_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_checkpoint(tmp_path, num_layers=1)
+    make_checkpoint(tmp_path, "tiny", num_layers=1)
     result = measure(
         tmp_path,
         2,
