@@ -12,10 +12,6 @@ namespace {
 constexpr size_t kCacheLine = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
 
-constexpr size_t round_up(size_t size, size_t quantum) {
-  return (size + quantum - 1) / quantum * quantum;
-}
-
 struct ThreadMemory {
   AlignedMemory memory;
   size_t size = 0;
@@ -36,15 +32,15 @@ AlignedMemory& AlignedMemory::operator=(AlignedMemory&& other) noexcept {
 AlignedMemory AlignedMemory::of_zeros(int64_t size) {
   AlignedMemory memory;
   const size_t wanted = static_cast<size_t>(size < 1 ? 1 : size);
-  const bool is_large = wanted >= kHugePage / 2;
-  const size_t alignment = is_large ? kHugePage : kCacheLine;
-  memory.bytes_ = static_cast<char*>(std::aligned_alloc(alignment, round_up(wanted, alignment)));
-  if (memory.bytes_ == nullptr) return memory;
+  const size_t alignment = wanted >= kHugePage ? kHugePage : kCacheLine;
+  void* bytes = nullptr;
+  if (posix_memalign(&bytes, alignment, wanted) != 0) return memory;
 #if defined(MADV_HUGEPAGE)
-  // A request only: where the system has no huge pages, small ones do.
-  if (is_large) madvise(memory.bytes_, round_up(wanted, alignment), MADV_HUGEPAGE);
+  // A request only, for the huge pages that are filled wholly: the rest lies in small ones.
+  if (wanted >= kHugePage) madvise(bytes, wanted / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
-  std::memset(memory.bytes_, 0, wanted);
+  std::memset(bytes, 0, wanted);
+  memory.bytes_ = static_cast<char*>(bytes);
   return memory;
 }
 
