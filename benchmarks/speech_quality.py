@@ -2,7 +2,8 @@
 
 Runs the offline engine on the sentences of ``tests/quality/sentences.tsv``, each of which has the
 length that the model's teacher gave it. Pocketsphinx judges always; ``--whisper`` names a folder
-with a CTranslate2 model; ``--opinion`` adds DNSMOS and the likeness to the codec round trip.
+with a CTranslate2 model; ``--opinion`` adds DNSMOS and the likeness of the voice to the codec round
+trip of the teacher's. ``--round-trip`` judges that round trip instead of the model.
 
     python -m benchmarks.speech_quality --seeds 0 1 2 3 4
     python -m benchmarks.speech_quality --model DIR --num-sentences 20 --json out.json
@@ -19,6 +20,8 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from benchmarks._judges import (
     ClosedVocabularyRecogniser,
@@ -31,12 +34,15 @@ from benchmarks._judges import (
     voice_similarity,
 )
 from benchmarks._report import ROOT, format_table, write_json
+from vllm.checkpoints.embedded import embedded_checkpoint
 from vllm.entrypoints.llm import LLM
-from vllm.outputs import FinishReason, SpeechOutput
+from vllm.model_executor.codecs import Codec, load_codec
+from vllm.outputs import FinishReason
 from vllm.prompts import SpeechPrompt
 from vllm.sampling_params import SamplingParams
 
 SENTENCES = ROOT / "tests" / "quality" / "sentences.tsv"
+_TEACHER_CODES = SENTENCES.with_name("teacher_codes.npz")
 _FRAME_RATE = 25.0
 _LOOP_S = 2.0  # a repeated pattern longer than this is a loop
 _SILENCE = 0.01  # of full scale
@@ -53,11 +59,13 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Take:
-    """A sentence as the model spoke it."""
+    """A sentence as it was spoken."""
 
     sentence: Sentence
-    seed: int
-    output: SpeechOutput
+    samples: Samples
+    codes: NDArray[np.int16]  # [num_codebooks, num_frames]
+    sample_rate: int
+    has_ended: bool = True  # by itself
 
 
 def read_sentences(path: Path = SENTENCES) -> list[Sentence]:
@@ -83,7 +91,27 @@ def speak(
         [SamplingParams(seed=seed, **sampling) for _, seed in pairs],
         use_tqdm=False,
     )
-    return [Take(*pair, output) for pair, output in zip(pairs, outputs, strict=True)]
+    return [
+        Take(
+            sentence,
+            output.audio,
+            np.asarray(output.codes),
+            output.sample_rate,
+            output.finish_reason is FinishReason.STOP,
+        )
+        for (sentence, _), output in zip(pairs, outputs, strict=True)
+    ]
+
+
+def round_trips(codec: Codec, sentences: Sequence[Sentence]) -> list[Take]:
+    """The first sentences as the codec makes them from the teacher's codes."""
+    with np.load(_TEACHER_CODES) as raw:
+        each = np.split(raw["codes"], np.cumsum(raw["num_frames"])[:-1])
+    takes = []
+    for sentence, codes in zip(sentences, each, strict=False):
+        samples = codec.decode(torch.from_numpy(codes.T.astype(np.int64))[None])[0]
+        takes.append(Take(sentence, samples.numpy(), codes.T, codec.sample_rate))
+    return takes
 
 
 def word_error_rate(
@@ -102,11 +130,11 @@ def word_error_rate(
 
 def figures_of(takes: Sequence[Take]) -> dict[str, float]:
     """What needs no judge: end of speech, lengths, loops, silence."""
-    ratios = [len(t.output.audio) / t.output.sample_rate / t.sentence.teacher_s for t in takes]
-    loops = [longest_loop_s(t.output.codes, frame_rate=_FRAME_RATE) for t in takes]
-    samples = np.concatenate([t.output.audio for t in takes])
+    ratios = [len(take.samples) / take.sample_rate / take.sentence.teacher_s for take in takes]
+    loops = [longest_loop_s(take.codes, frame_rate=_FRAME_RATE) for take in takes]
+    samples = np.concatenate([take.samples for take in takes])
     return {
-        "end of speech": mean(t.output.finish_reason is FinishReason.STOP for t in takes),
+        "end of speech": mean(take.has_ended for take in takes),
         "length ratio": mean(ratios),
         "shortest": min(ratios),
         "longest": max(ratios),
@@ -117,55 +145,71 @@ def figures_of(takes: Sequence[Take]) -> dict[str, float]:
 
 def opinions_of(takes: Sequence[Take], voice: Samples) -> dict[str, float]:
     """Judges' opinions of the sound; ``voice`` is a codec round trip of the same voice."""
-    rate = takes[0].output.sample_rate
+    rate = takes[0].sample_rate
     return {
-        "DNSMOS": mean(dnsmos(take.output.audio, rate) for take in takes),
-        "likeness": mean(voice_similarity(take.output.audio, voice, rate) for take in takes),
+        "DNSMOS": mean(dnsmos(take.samples, rate) for take in takes),
+        "likeness": mean(voice_similarity(take.samples, voice, rate) for take in takes),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="folder with lm and codec; default: the embedded model")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=embedded_checkpoint(),
+        help="folder with lm, codec and voices; default: the embedded model",
+    )
     parser.add_argument("--num-sentences", type=int, default=50)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--whisper", type=Path, help="folder of a CTranslate2 model")
-    parser.add_argument("--opinion", type=Path, help="wav with a codec round trip of the voice")
+    parser.add_argument("--opinion", action="store_true", help="ask judges of the sound too")
+    parser.add_argument("--round-trip", action="store_true", help="judge the teacher's codes")
     parser.add_argument("--wavs", type=Path, help="folder to write the takes of the first seed to")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
+    figures = judge(args)
+    print(format_table(["figure", "value"], list(figures.items())))
+    if args.json:
+        write_json(args.json, {"figures": figures})
+
+
+def judge(args: argparse.Namespace) -> dict[str, float]:
+    """Figures of a run, by name."""
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k")}
     sampling = {name: value for name, value in sampling.items() if value is not None}
-    folders = {}
-    if args.model is not None:
-        folders = {"model": f"{args.model}/lm", "audio_tokenizer": f"{args.model}/codec"}
-        if Path(args.model, "voices").is_dir():
-            folders["voices_dir"] = f"{args.model}/voices"
-    llm = LLM(device="cpu", **folders)
     sentences = read_sentences()[: args.num_sentences]
-    began = time.process_time()
-    takes = speak(llm, sentences, args.seeds, **sampling)
-    seconds = sum(len(take.output.audio) for take in takes) / takes[0].output.sample_rate
-    figures = {"takes": len(takes), "CPU s per s": (time.process_time() - began) / seconds}
-    llm.shutdown()
-    rate = takes[0].output.sample_rate
-    spoken = [(take.sentence.text, take.output.audio) for take in takes]
+    references = round_trips(load_codec(args.model / "codec", device="cpu"), sentences)
+    rate = references[0].sample_rate
+    figures: dict[str, float] = {}
+    if args.round_trip:
+        takes = references
+    else:
+        llm = LLM(
+            args.model / "lm",
+            audio_tokenizer=args.model / "codec",
+            voices_dir=args.model / "voices",
+            device="cpu",
+        )
+        began = time.process_time()
+        takes = speak(llm, sentences, args.seeds, **sampling)
+        seconds = sum(len(take.samples) for take in takes) / rate
+        figures["CPU s per s"] = (time.process_time() - began) / seconds
+        llm.shutdown()
+    figures["takes"] = len(takes)
+    spoken = [(take.sentence.text, take.samples) for take in takes]
     closed = ClosedVocabularyRecogniser(grammar_sentences())
     figures |= figures_of(takes)
     figures["WER, closed vocabulary"] = word_error_rate(closed, spoken, rate)
     if args.whisper:
         figures["WER, Whisper"] = word_error_rate(FreeRecogniser(args.whisper), spoken, rate)
     if args.opinion:
-        from vllm.audio import read_wav
-
-        figures |= opinions_of(takes, read_wav(args.opinion.read_bytes())[0])
-    print(format_table(["figure", "value"], list(figures.items())))
+        figures |= opinions_of(takes, np.concatenate([each.samples for each in references]))
     if args.wavs:
         _write_wavs(args.wavs, takes[: len(sentences)])
-    if args.json:
-        write_json(args.json, {"figures": figures})
+    return figures
 
 
 def _write_wavs(folder: Path, takes: Sequence[Take]) -> None:
@@ -173,7 +217,7 @@ def _write_wavs(folder: Path, takes: Sequence[Take]) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     for index, take in enumerate(takes):
-        data = encode_all(take.output.audio, lookup("wav"), sample_rate=take.output.sample_rate)
+        data = encode_all(take.samples, lookup("wav"), sample_rate=take.sample_rate)
         (folder / f"{index:02}.wav").write_bytes(data)
 
 

@@ -30,19 +30,36 @@ from vllm.entrypoints.bosonai.voices import SHIPPED_PRESETS
 from vllm.model_executor.codecs.higgs import HiggsCodecConfig, fold_weight_norm
 
 _VOICE = "en_woman"
+_AUDIO_HEAD = "audio_lm_head.weight"
 TEXT_HEAD = "text_lm_head.weight"
 
 
-def export_lm(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a model folder from a network's ``state_dict``."""
+def export_lm(
+    folder: Path, tensors: dict[str, Tensor], *, temperatures: tuple[float, float] = (1.0, 1.0)
+) -> None:
+    """Write a model folder from a network's ``state_dict``.
+
+    ``temperatures``, of the first codebook and of the others, go into the rows of the head, so that
+    sampling at 1 is sampling at these: a small model is surest where it does not guess.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = lm_config(1 + max(int(name.split(".")[2]) for name in tensors if ".layers." in name))
     write_configuration(folder, config)
     write_tokenizer(folder, load_lexicon())
     # Nothing is trained to write text; the layout has the head.
-    tensors = tensors | {TEXT_HEAD: torch.zeros(config.vocab_size, config.hidden_size)}
+    head = _sharpened(tensors[_AUDIO_HEAD], config, temperatures)
+    tensors = tensors | {
+        _AUDIO_HEAD: head,
+        TEXT_HEAD: torch.zeros(config.vocab_size, config.hidden_size),
+    }
     rounded = {name: each.to(torch.bfloat16) for name, each in tensors.items()}
     save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _sharpened(head: Tensor, config: HiggsAudioConfig, temperatures: tuple[float, float]) -> Tensor:
+    by_codebook = head.view(config.num_codebooks, config.codebook_size, -1)
+    first, rest = (by_codebook[:1] / temperatures[0], by_codebook[1:] / temperatures[1])
+    return torch.cat([first, rest]).flatten(0, 1)
 
 
 def lm_config(num_layers: int) -> HiggsAudioConfig:
@@ -134,10 +151,21 @@ def main() -> None:
     parser.add_argument("--decoder", type=Path, required=True, help="folder of train_decoder")
     parser.add_argument("--lm", type=Path, required=True, help="folder of train_lm")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--temperatures",
+        type=float,
+        nargs=2,
+        default=(0.5, 0.25),
+        help="of the first codebook and of the others, at which sampling at 1 draws",
+    )
     args = parser.parse_args()
     codebooks = load_file(args.codec / "codebooks.safetensors")["codebooks"]
     export_codec(args.out / "codec", codebooks, load_file(args.decoder / "decoder.safetensors"))
-    export_lm(args.out / "lm", load_file(args.lm / "lm.safetensors"))
+    export_lm(
+        args.out / "lm",
+        load_file(args.lm / "lm.safetensors"),
+        temperatures=tuple(args.temperatures),
+    )
     export_voices(args.out / "voices")
 
 

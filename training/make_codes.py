@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -193,18 +193,22 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shards", type=int, default=12)
+    parser.add_argument("--codebooks", type=Path, help="file to take them from instead of fitting")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
+    quantizer = Quantizer(**load_file(args.codebooks)) if args.codebooks else _fit_to(args.data)
+    save_file(quantizer._asdict(), args.out / "codebooks.safetensors")
+    _encode_all(args.data, args.shards, quantizer).save(args.out / "corpus.safetensors")
+
+
+def _fit_to(folder: Path) -> Quantizer:
+    """Codebooks of the first training shards."""
     # Encoding reads each shard again: all of their features at once would not fit into memory.
-    fitted = [read_shard(shard_path(args.data, 1 + index)) for index in range(_FIT_SHARDS)]
+    fitted = [read_shard(shard_path(folder, 1 + index)) for index in range(_FIT_SHARDS)]
     features = np.concatenate([each for shard in fitted for each in shard.features])
     labels = np.concatenate([each for shard in fitted for each in _labels(shard)])
-    del fitted
-    quantizer = fit(torch.from_numpy(features), torch.from_numpy(labels))
-    save_file(quantizer._asdict(), args.out / "codebooks.safetensors")
-    del features, labels
-    _encode_all(args.data, args.shards, quantizer).save(args.out / "corpus.safetensors")
+    return fit(torch.from_numpy(features), torch.from_numpy(labels))
 
 
 def _labels(shard: Shard) -> list[NDArray[np.int64]]:

@@ -21,7 +21,7 @@ from training.lexicon import load_lexicon
 from training.teacher import HOP, SAMPLE_RATE, Teacher
 from training.text import TextSource, load_vocabulary, spell
 
-SPEED = 0.9  # of the teacher; a little slow, so that short sounds get a codec frame of their own
+SPEED = 0.72  # of the teacher; slow, so that short sounds get a codec frame of their own
 _VALIDATION_MINUTES = 8.0
 _MAX_SECONDS = 6.0
 
