@@ -9,8 +9,9 @@
 namespace hav {
 namespace {
 
-// A layer's regions follow each other within this time. Longer spinning only takes the core from
-// others; sleeping and waking costs some 50 microseconds on a virtual machine.
+// A layer's regions follow each other within this time. Handing work to a thread that spins took
+// 0.5 microseconds on two virtual cores, waking one that sleeps 30 to 35; longer spinning would
+// only take the core from others.
 constexpr std::chrono::nanoseconds kSpinTime{5000};
 constexpr int kPausesPerLook = 8;
 
