@@ -230,6 +230,56 @@ typedef struct {
 HAV_API int32_t hav_decode_step(hav_pool* pool, const hav_decoder* decoder, const int64_t* rows,
                                 int64_t num_rows, int16_t* frames, uint8_t* status);
 
+// ---- Codes to samples -------------------------------------------------------------------------
+
+// One convolution over time: outputs = W taps of inputs + bias, rows before the first and after the
+// last being zeros, so that it has as many rows out as in, or `upsampling` times as many.
+typedef struct {
+  // [num_outputs, num_inputs, kernel_size], of an upsampling one [num_inputs, num_outputs,
+  // kernel_size].
+  const float* weight;
+  const float* bias;  // [num_outputs]
+  int64_t num_outputs, num_inputs;
+  int64_t kernel_size;  // odd; of an upsampling one, 2 * upsampling
+  int64_t dilation;     // rows between taps; an upsampling one has none
+  int64_t upsampling;   // 0: none; s: transposed with stride s, padding ceil(s / 2)
+  // Inputs go through a Snake first, x + sin(alpha x)^2 * inverse, or NULL for none: [num_inputs].
+  const float* alpha;
+  const float* inverse;
+  // Adds what went into the layer before, ahead of its Snake; that layer is no residual one itself.
+  int32_t is_residual;
+} hav_wave_layer;
+
+// The first layer has no Snake, and what goes into it is no residual; the last has one output.
+typedef struct {
+  const float* table;       // [num_codebooks * codebook_size, width], used as long as the decoder
+  const float* table_bias;  // [width], the same
+  int64_t num_codebooks, codebook_size, width;
+  int64_t num_layers;
+  const hav_wave_layer* layers;
+} hav_wave_model;
+
+// Layers packed for the instruction set that was in use.
+typedef struct hav_wave_decoder hav_wave_decoder;
+
+// Packs a copy of the layers. NULL when they are no such chain, or there is no memory.
+HAV_API hav_wave_decoder* hav_wave_decoder_create(const hav_wave_model* model);
+
+// NULL is allowed.
+HAV_API void hav_wave_decoder_destroy(hav_wave_decoder* decoder);
+
+// Bytes of the packed layers.
+HAV_API int64_t hav_wave_decoder_num_bytes(const hav_wave_decoder* decoder);
+
+// Samples of frames first_frame .. last_frame - 1, to the bit as in a decode of all num_frames, and
+// without computing what they do not depend on.
+//   codes    [num_codebooks, num_frames] with stride codes_stride, each below codebook_size
+//   samples  [(last_frame - first_frame) * product of the upsamplings], from -1 to 1
+// Returns 0, or -1 when there is no memory for the work.
+HAV_API int32_t hav_wave_decode(hav_pool* pool, const hav_wave_decoder* decoder,
+                                const int64_t* codes, int64_t codes_stride, int64_t num_frames,
+                                int64_t first_frame, int64_t last_frame, float* samples);
+
 #ifdef __cplusplus
 }
 #endif

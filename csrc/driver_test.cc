@@ -320,6 +320,77 @@ void check_decode_steps(hav_pool* pool) {
   for (int16_t code : expected) expect(code >= 0 && code < 37, "a code that there is");
 }
 
+// A convolution, one that doubles the rate, a residual unit and one channel of samples.
+class SmallCodec {
+ public:
+  SmallCodec() {
+    add({7, 20, 5, 0, 3, false});
+    add({20, 9, 4, 2, 1, false});
+    add({9, 9, 7, 0, 3, false});
+    add({9, 9, 1, 0, 1, true});
+    add({9, 1, 7, 0, 1, false});
+    const hav_wave_model model{table_.data(),
+                               table_.data(),
+                               kCodebooks,
+                               kCodebookSize,
+                               7,
+                               static_cast<int64_t>(layers_.size()),
+                               layers_.data()};
+    decoder_ = hav_wave_decoder_create(&model);
+    expect(decoder_ != nullptr, "a codec");
+    expect(hav_wave_decoder_num_bytes(decoder_) > 0, "bytes of a codec");
+  }
+  SmallCodec(const SmallCodec&) = delete;
+  SmallCodec& operator=(const SmallCodec&) = delete;
+  ~SmallCodec() { hav_wave_decoder_destroy(decoder_); }
+
+  std::vector<float> decode(hav_pool* pool, int64_t first, int64_t last) const {
+    std::vector<int64_t> codes;
+    for (int64_t i = 0; i < kCodebooks * kFrames; ++i) codes.push_back(i * i % kCodebookSize);
+    std::vector<float> samples(static_cast<size_t>(2 * (last - first)));
+    expect(hav_wave_decode(pool, decoder_, codes.data(), kFrames, kFrames, first, last,
+                           samples.data()) == 0,
+           "memory to decode");
+    return samples;
+  }
+
+  static constexpr int64_t kFrames = 300;
+
+ private:
+  static constexpr int64_t kCodebooks = 3, kCodebookSize = 11;
+
+  struct Sizes {
+    int64_t num_inputs, num_outputs, kernel_size, upsampling, dilation;
+    bool is_residual;
+  };
+
+  void add(const Sizes& sizes) {
+    const int64_t num_weights = sizes.num_inputs * sizes.num_outputs * sizes.kernel_size;
+    values_.push_back(numbers_.take(static_cast<size_t>(num_weights)));
+    const float* weight = values_.back().data();
+    values_.push_back(numbers_.take(static_cast<size_t>(sizes.num_inputs + sizes.num_outputs)));
+    const float* bias = values_.back().data();
+    const float* alpha = layers_.empty() ? nullptr : bias + sizes.num_outputs;
+    layers_.push_back({weight, bias, sizes.num_outputs, sizes.num_inputs, sizes.kernel_size,
+                       sizes.dilation, sizes.upsampling, alpha, alpha, sizes.is_residual});
+  }
+
+  Numbers numbers_;
+  std::vector<float> table_ = numbers_.take(kCodebooks * kCodebookSize * 7);
+  std::vector<std::vector<float>> values_;
+  std::vector<hav_wave_layer> layers_;
+  hav_wave_decoder* decoder_ = nullptr;
+};
+
+void check_codec(hav_pool* pool) {
+  const SmallCodec codec;
+  const std::vector<float> whole = codec.decode(nullptr, 0, SmallCodec::kFrames);
+  expect(codec.decode(pool, 0, SmallCodec::kFrames) == whole, "threads change samples");
+  expect(codec.decode(pool, 20, 220) == std::vector<float>(&whole[40], &whole[440]),
+         "a part of the samples");
+  expect(codec.decode(pool, 5, 5).empty(), "no samples");
+}
+
 void check_refusals() {
   const float value = 1.0f;
   expect(hav_pool_create(0) == nullptr, "a pool of no thread");
@@ -331,7 +402,10 @@ void check_refusals() {
   expect(hav_linear_create(nullptr, HAV_INT4, 1, 40, &value, 20, &value, 0) == nullptr,
          "int4 with part of a group");
   expect(hav_select_isa("none") == -1, "an unknown instruction set");
+  const hav_wave_model empty{&value, &value, 1, 1, 1, 0, nullptr};
+  expect(hav_wave_decoder_create(&empty) == nullptr, "a codec without layers");
   hav_linear_destroy(nullptr);
+  hav_wave_decoder_destroy(nullptr);
   hav_pool_destroy(nullptr);
 }
 
@@ -360,6 +434,7 @@ int main() {
       check_products(pool);
       check_norm(pool);
       check_decode_steps(pool);
+      check_codec(pool);
       check_shared_pool(pool);
       hav_pool_destroy(pool);
     }

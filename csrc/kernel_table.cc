@@ -1,4 +1,5 @@
 // The table of one instruction set; compiled once for each.
+#include "conv.h"
 #include "decode_attention.h"
 #include "decode_step.h"
 #include "embed_codes.h"
@@ -25,6 +26,11 @@ const Kernels kKernels = {
     uniform_numbers,
     decode_step_workspace_bytes,
     decode_step,
+    plan_conv,
+    pack_conv,
+    conv,
+    conv_to_mono,
+    sum_features,
 };
 
 }  // namespace hav::HAV_ISA

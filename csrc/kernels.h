@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "api.h"
+#include "conv.h"
 #include "linear.h"
 #include "thread_pool.h"
 
@@ -39,6 +40,11 @@ struct Kernels {
   size_t (*decode_step_workspace_bytes)(const hav_decoder& decoder, int64_t num_rows);
   void (*decode_step)(ThreadPool* pool, const hav_decoder& decoder, const int64_t* rows,
                       int64_t num_rows, int16_t* frames, uint8_t* status, void* workspace);
+  ConvWeights (*plan_conv)(const hav_wave_layer& layer);
+  void (*pack_conv)(const hav_wave_layer& layer, const ConvWeights& packed);
+  void (*conv)(ThreadPool* pool, const ConvCall& call);
+  void (*conv_to_mono)(ThreadPool* pool, const MonoCall& call);
+  void (*sum_features)(ThreadPool* pool, const FeatureCall& call);
 };
 
 // The table in use; see hav_select_isa.

@@ -30,6 +30,22 @@ HAV_INLINE F32 silu(F32 x) {
   return x / (splat(1.0f) + exp_of(zero() - clamped));
 }
 
+// sin(x)^2 within 2e-7 for x from -2e4 to 2e4. Its period is pi, so no sign needs care.
+HAV_INLINE F32 sin_squared(F32 x) {
+  const F32 n = to_f32(round_to_i32(x * splat(0.318309886f)));
+  // pi in three parts, of which the first two times n are exact.
+  F32 r = fma(n, splat(-3.140625f), x);
+  r = fma(n, splat(-9.67502593994140625e-4f), r);
+  r = fma(n, splat(-1.509957990978376432e-7f), r);
+  const F32 r2 = r * r;
+  F32 y = splat(2.60831052e-6f);
+  y = fma(y, r2, splat(-1.98108118e-4f));
+  y = fma(y, r2, splat(8.33308366e-3f));
+  y = fma(y, r2, splat(-1.66666603e-1f));
+  const F32 sine = fma(y * r2, r, r);
+  return sine * sine;
+}
+
 // Lanes of a, or behind them of b, by their numbers.
 template <int... kIndex>
 HAV_INLINE F32 pick_lanes(F32 a, F32 b) {

@@ -83,6 +83,13 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     ),
     "hav_sample_frames": (None, (*(c_void_p,) * 4, c_int64, *(c_void_p,) * 3)),
     "hav_decode_step": (c_int32, (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
+    "hav_wave_decoder_create": (c_void_p, (c_void_p,)),
+    "hav_wave_decoder_destroy": (None, (c_void_p,)),
+    "hav_wave_decoder_num_bytes": (c_int64, (c_void_p,)),
+    "hav_wave_decode": (
+        c_int32,
+        (c_void_p, c_void_p, c_void_p, *(c_int64,) * 4, c_void_p),
+    ),
     "hav_uniform": (None, (c_void_p, c_void_p, c_int64, c_int64, c_uint32, c_void_p)),
 }
 

@@ -21,11 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm.exceptions import CheckpointError, InvalidRequestError
+from vllm.kernels import native
+from vllm.kernels.wave_decoder import WaveDecoder, WaveLayer
+from vllm.logger import get_logger
 from vllm.model_executor.codecs.hubert import Hubert, HubertConfig, resample
 from vllm.model_executor.codecs.interface import Codec
 from vllm.model_executor.weights import iter_tensors, load_strict, read_config
 
 __all__ = ["HiggsCodec", "HiggsCodecConfig", "codec_key", "fold_weight_norm"]
+
+logger = get_logger(__name__)
 
 _KERNEL = 7
 _DILATIONS = (1, 3, 9)
@@ -150,6 +155,7 @@ class HiggsCodec(Codec):
         self.context_frames = config.context_frames
         self.can_encode = not config.decode_only
         self.fingerprint = ""
+        self._wave_decoder: WaveDecoder | None = None
         self.quantizer = _Quantizer(config)
         self.fc2 = nn.Linear(config.quantizer_size, config.acoustic_size)
         self.acoustic_decoder = _Decoder(config)
@@ -180,7 +186,9 @@ class HiggsCodec(Codec):
         tensors = fold_weight_norm(_canonical(iter_tensors(folder), config, source=str(folder)))
         load_strict(codec.state_dict(), tensors, source=str(folder))
         codec.finish_loading()
-        return codec.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        codec.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        codec._pack_decoder()
+        return codec
 
     @torch.no_grad()
     def finish_loading(self) -> None:
@@ -207,12 +215,35 @@ class HiggsCodec(Codec):
         sizes = [self.sample_rate, self.hop_length, self.num_codebooks, self.codebook_size]
         self.fingerprint = _digest(sizes, decoding | _only(codebooks, ("embed", "project_out")))
 
+    def _pack_decoder(self) -> None:
+        """Hold the decoder for the native library as well, where that can run it."""
+        is_native = self.table.device.type == "cpu" and self.table.dtype == torch.float32
+        if not is_native or native.library() is None:
+            return
+        layers = list(self.acoustic_decoder.layers())
+        try:
+            self._wave_decoder = WaveDecoder(
+                self.table, self.table_bias, self.num_codebooks, layers
+            )
+        except ValueError as error:
+            logger.warning("torch decodes the codec's frames, not the native library: %s", error)
+
     @cached_property
     def encoder_fingerprint(self) -> str:
         """Hash of every weight and size; made on first use, as the encoder is large."""
         return _digest(asdict(self.config), self.state_dict())
 
     def decode(self, codes: Tensor) -> Tensor:
+        return self.decode_part(codes, 0, codes.shape[-1])
+
+    def decode_part(self, codes: Tensor, first: int, last: int) -> Tensor:
+        wave_decoder = self._wave_decoder
+        if wave_decoder is None or native.library() is None or codes.device.type != "cpu":
+            samples = self._decode_with_torch(codes)
+            return samples[:, first * self.hop_length : last * self.hop_length]
+        return torch.stack([wave_decoder(each, first, last) for each in codes])
+
+    def _decode_with_torch(self, codes: Tensor) -> Tensor:
         rows = codes + self.row_offsets  # [batch, K, T]
         features = F.embedding(rows, self.table).sum(dim=1) + self.table_bias  # [batch, T, C]
         samples: Tensor = self.acoustic_decoder(features.transpose(1, 2))
@@ -259,6 +290,10 @@ class _Snake(nn.Module):
     def finish_loading(self) -> None:
         self.inverse.copy_((self.alpha + _SNAKE_EPS).reciprocal())
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Alpha and its inverse, each [channels]."""
+        return self.alpha.flatten(), self.inverse.flatten()
+
     def forward(self, x: Tensor, *, in_place: bool = False) -> Tensor:
         wave = (x * self.alpha).sin_().square_()
         if in_place:
@@ -279,6 +314,11 @@ class _ResidualUnit(nn.Module):
         hidden = self.snake2(self.conv1(self.snake1(x)), in_place=True)
         out: Tensor = self.conv2(hidden)
         return out.add_(x)
+
+    def layers(self) -> Iterator[WaveLayer]:
+        dilation = self.conv1.dilation[0]
+        yield _wave_layer(self.conv1, dilation=dilation, snake=self.snake1.factors())
+        yield _wave_layer(self.conv2, snake=self.snake2.factors(), is_residual=True)
 
 
 class _ResidualUnits(nn.Module):
@@ -309,6 +349,12 @@ class _DecoderBlock(_ResidualUnits):
     def forward(self, x: Tensor) -> Tensor:
         return self.residuals(self.conv_t1(self.snake1(x, in_place=True)))
 
+    def layers(self) -> Iterator[WaveLayer]:
+        upsampling = self.conv_t1.stride[0]
+        yield _wave_layer(self.conv_t1, upsampling=upsampling, snake=self.snake1.factors())
+        for unit in (self.res_unit1, self.res_unit2, self.res_unit3):
+            yield from unit.layers()
+
 
 class _Decoder(nn.Module):
     def __init__(self, config: HiggsCodecConfig) -> None:
@@ -329,6 +375,19 @@ class _Decoder(nn.Module):
             x = block(x)
         samples: Tensor = self.conv2(self.snake1(x, in_place=True))
         return samples
+
+    def layers(self) -> Iterator[WaveLayer]:
+        """The same as a chain for the native library."""
+        yield _wave_layer(self.conv1)
+        for block in self.block:
+            assert isinstance(block, _DecoderBlock)
+            yield from block.layers()
+        yield _wave_layer(self.conv2, snake=self.snake1.factors())
+
+
+def _wave_layer(conv: nn.Conv1d | nn.ConvTranspose1d, **options: Any) -> WaveLayer:
+    assert conv.bias is not None
+    return WaveLayer(conv.weight, conv.bias, **options)
 
 
 class _EncoderBlock(_ResidualUnits):

@@ -52,6 +52,14 @@ class Codec(nn.Module, ABC):
         Every code must be below ``codebook_size``.
         """
 
+    def decode_part(self, codes: Tensor, first: int, last: int) -> Tensor:
+        """Samples of frames ``first .. last - 1``, float32 [batch, (last - first) * hop].
+
+        The other frames are context. A codec that need not compute all of their samples does so
+        here; what comes out equals that part of ``decode``.
+        """
+        return self.decode(codes)[:, first * self.hop_length : last * self.hop_length]
+
     @abstractmethod
     def encode(self, samples: Tensor) -> Tensor:
         """Samples float32 [batch, n], n a multiple of the hop, to int64 [batch, K, n / hop].

@@ -452,12 +452,16 @@ class _Decoder:
         """Codes [K, n] with their windows (equal n) to the samples that each window emits."""
         with _on_stream(self._stream):
             codes = torch.from_numpy(np.stack([frames for frames, _ in inputs]))
-            decoded = self._codec.decode(codes.to(self._device).long())
+            codes = codes.to(self._device).long()
+            # Windows of a batch may begin and end differently in what they emit.
+            first = min(window.emit_start - window.start for _, window in inputs)
+            last = max(window.emit_stop - window.start for _, window in inputs)
+            decoded = self._codec.decode_part(codes, first, last)
             samples = decoded.cpu().numpy()  # waits for this stream only
-        hop = self._codec.hop_length
+        hop, origins = self._codec.hop_length, [window.start + first for _, window in inputs]
         return [
-            row[(window.emit_start - window.start) * hop : (window.emit_stop - window.start) * hop]
-            for row, (_, window) in zip(samples, inputs, strict=True)
+            row[(window.emit_start - origin) * hop : (window.emit_stop - origin) * hop]
+            for row, origin, (_, window) in zip(samples, origins, inputs, strict=True)
         ]
 
 
