@@ -14,6 +14,9 @@ missing="$(scripts/install-tools)"
 
 failed=()
 scripts/check || failed+=("scripts/check (lint, format or types)")
+if command -v cmake >/dev/null && command -v c++ >/dev/null; then
+    scripts/check-native none || failed+=("scripts/check-native")
+fi
 scripts/test "$@" || failed+=("scripts/test")
 
 if [ -n "$missing" ]; then
