@@ -1,10 +1,11 @@
-"""Codec decode: ours against transformers' one-shot, and ours streamed, in one interleaved run.
+"""Codec decode, native, by torch and by transformers, at once and streamed, in one interleaved run.
 
-Runs on random checkpoints of the published sizes, since the time does not depend on the weights.
+Where the native library is missing, ours is torch under both names. Runs on random checkpoints of the published sizes, since the time does not depend on the weights.
 The peer is transformers' own model class on the same files.
 
     python -m benchmarks.codec_decode
     python -m benchmarks.codec_decode --sizes full --num-frames 250 --json out.json
+    python -m benchmarks.codec_decode --num-threads 1 --clock thread
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import argparse
 import importlib.machinery
 import sys
 import tempfile
+import time
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,13 +27,23 @@ from torch import Tensor
 from benchmarks._report import format_table, write_json
 from benchmarks._timing import interleave, ratio
 from vllm.checkpoints.make_codec import CODEC_SIZES, make_codec
+from vllm.kernels import native
 from vllm.model_executor.codecs import Codec, load_codec
 from vllm.model_executor.codecs.streaming import DEFAULT_RAMP, Window, WindowPlan
 
 TOLERANCE = 1e-4
+NATIVE_TOLERANCE = 1e-5  # between ours and the same network by torch
+CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 
 
-def measure(size: str, *, num_frames: int, num_rounds: int, device: str) -> dict[str, Any]:
+def measure(
+    size: str,
+    *,
+    num_frames: int,
+    num_rounds: int,
+    device: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
     """Times of one codec size.
 
     Raises:
@@ -50,15 +62,19 @@ def measure(size: str, *, num_frames: int, num_rounds: int, device: str) -> dict
     rivals = {
         "one-shot": lambda: synchronized(codec.decode(codes)),
         "transformers": lambda: synchronized(reference.decode(codes).audio_values),
+        "torch": lambda: synchronized(by_torch(codec.decode, codes)),
         "streamed": lambda: synchronized(decode_streamed(codec, codes, windows)),
+        "torch streamed": lambda: synchronized(by_torch(decode_streamed, codec, codes, windows)),
         "first chunk": lambda: synchronized(decode_window(codec, codes, windows[0])),
     }
     with torch.inference_mode():
         ours, theirs = codec.decode(codes), reference.decode(codes).audio_values
         streamed = decode_streamed(codec, codes, windows)
         assert (ours - theirs.reshape(ours.shape)).abs().max() < TOLERANCE
-        assert (ours - streamed).abs().max() < TOLERANCE
-        seconds = interleave(rivals, num_rounds=num_rounds, title=f"codec {size}")
+        assert (ours - streamed).abs().max() < NATIVE_TOLERANCE
+        assert (ours - by_torch(codec.decode, codes)).abs().max() < NATIVE_TOLERANCE
+        title = f"codec {size}"
+        seconds = interleave(rivals, num_rounds=num_rounds, title=title, clock=clock)
     audio_s = num_frames / codec.frame_rate
     return {
         "size": size,
@@ -72,6 +88,9 @@ def measure(size: str, *, num_frames: int, num_rounds: int, device: str) -> dict
             for name, values in seconds.items()
             if name != "first chunk"
         },
+        "isa": native.isa(),
+        "speed_over_torch": ratio(seconds["torch"], seconds["one-shot"]),
+        "streamed_speed_over_torch": ratio(seconds["torch streamed"], seconds["streamed"]),
         "speed_over_transformers": ratio(seconds["transformers"], seconds["one-shot"]),
         "streamed_over_one_shot_time": ratio(seconds["streamed"], seconds["one-shot"]),
     }
@@ -112,9 +131,16 @@ def decode_streamed(codec: Codec, codes: Tensor, windows: Sequence[Window]) -> T
 
 def decode_window(codec: Codec, codes: Tensor, window: Window) -> Tensor:
     """New samples of one window, [1, num_emitted * hop]."""
-    samples = codec.decode(codes[:, :, window.start : window.stop])
-    first = (window.emit_start - window.start) * codec.hop_length
-    return samples[:, first : first + window.num_emitted * codec.hop_length]
+    first = window.emit_start - window.start
+    return codec.decode_part(
+        codes[:, :, window.start : window.stop], first, first + window.num_emitted
+    )
+
+
+def by_torch(decode: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """Samples of a decode without the native library."""
+    with native.disabled():
+        return decode(*arguments)
 
 
 def synchronized(samples: Tensor) -> Tensor:
@@ -125,13 +151,15 @@ def synchronized(samples: Tensor) -> Tensor:
 
 
 def print_results(results: Sequence[dict[str, Any]]) -> None:
-    rivals = ("one-shot", "transformers", "streamed")
+    rivals = ("one-shot", "torch", "transformers", "streamed")
     header = ["codec", "audio s", *(f"{name} x real time" for name in rivals)]
-    header += ["ours / transformers", "streamed / one-shot time", "first chunk ms"]
+    header += ["ours / torch", "streamed / torch streamed", "ours / transformers"]
+    header += ["streamed / one-shot time", "first chunk ms"]
     rows = []
     for result in results:
         row: list[object] = [result["size"], result["audio_s"]]
         row += [result["times_real_time"][name] for name in rivals]
+        row += [result["speed_over_torch"], result["streamed_speed_over_torch"]]
         row += [result["speed_over_transformers"], result["streamed_over_one_shot_time"]]
         row.append(1000 * result["seconds"]["first chunk"])
         rows.append(row)
@@ -145,6 +173,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-rounds", type=int, default=5)
     parser.add_argument("--num-threads", type=int, help="default: torch's choice")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--clock",
+        choices=tuple(CLOCKS),
+        default="wall",
+        help="thread: CPU time of one thread, for a machine that others use too",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     if arguments.num_threads:
@@ -155,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_frames=arguments.num_frames,
             num_rounds=arguments.num_rounds,
             device=arguments.device,
+            clock=CLOCKS[arguments.clock],
         )
         for size in arguments.sizes
     ]

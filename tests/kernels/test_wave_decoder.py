@@ -86,6 +86,17 @@ def test_equals_the_codecs_torch(ratios, width, acoustic_size, num_codebooks, nu
     torch.testing.assert_close(samples, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("width", "acoustic_size"), [(32, 256), (6, 64), (2, 16)])
+def test_equals_torch_in_the_shapes_of_published_and_small_codecs(width, acoustic_size):
+    codec = make_codec(
+        ratios=(8, 5, 4, 2, 3), width=width, acoustic_size=acoustic_size, num_codebooks=8
+    )
+    codes = random_codes(8, 3)
+    expected = codec.decode(codes[None])[0]
+    samples = native_decoder(codec)(codes, 0, 3)
+    torch.testing.assert_close(samples, expected, rtol=0, atol=1e-5)
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     num_frames=st.integers(1, 30),

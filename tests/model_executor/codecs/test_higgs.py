@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from vllm.checkpoints.make_codec import CODEC_SIZES
 from vllm.exceptions import CheckpointError, InvalidRequestError
-from vllm.model_executor.codecs import load_codec
+from vllm.kernels import native
+from vllm.model_executor.codecs import higgs, load_codec
 from vllm.model_executor.codecs.higgs import HiggsCodecConfig, codec_key, fold_weight_norm
 from vllm.model_executor.codecs.hubert import resample
 
@@ -42,6 +43,35 @@ def test_decode_equals_the_reference(codec, reference, num_frames):
     assert samples.shape == (2, num_frames * 960)
     assert 0.02 < expected.std() < 0.4
     torch.testing.assert_close(samples, expected.clamp(-1, 1), rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_decode_is_the_same_with_and_without_the_native_library(codec):
+    codes = random_codes(30, batch=2)
+    samples = codec.decode(codes)
+    with native.disabled():
+        torch.testing.assert_close(codec.decode(codes), samples, rtol=0, atol=1e-5)
+        part = codec.decode_part(codes, 11, 19)
+    torch.testing.assert_close(part, samples[:, 11 * 960 : 19 * 960], rtol=0, atol=1e-5)
+    assert torch.equal(codec.decode_part(codes, 11, 19), samples[:, 11 * 960 : 19 * 960])
+
+
+@pytest.mark.skipif(native.library() is None, reason="the native library is not built")
+@torch.inference_mode()
+def test_what_the_native_library_cannot_decode_is_decoded_by_torch(
+    codec, codec_folders, monkeypatch, caplog
+):
+    def refuse(*arguments):
+        raise ValueError("no chain")
+
+    monkeypatch.setattr(higgs, "WaveDecoder", refuse)
+    with caplog.at_level("WARNING"):
+        other = load_codec(codec_folders["decode_only"], device="cpu")
+    assert [record.getMessage() for record in caplog.records] == [
+        "torch decodes the codec's frames, not the native library: no chain"
+    ]
+    codes = random_codes(4)
+    torch.testing.assert_close(other.decode(codes), codec.decode(codes), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_frames", [1, 7, 40])
