@@ -31,6 +31,10 @@ __all__ = [
 DEFAULT_AUDIO_TOKENIZER = "bosonai/higgs-audio-v2-tokenizer"
 EMBEDDED_MODEL_NAME = "higgs-audio-tiny"
 RANDOM_MODEL_NAME = "higgs-audio-random"
+_TOY_NOTICE = (
+    "a toy that shows and tests the engine, hard to understand: one English voice, 898 words, "
+    "other words by their letters"
+)
 
 _MAX_THREADS = 1024  # more than any machine's cores; OpenMP may end the process far above
 _MAX_POSITIONS = 131_072  # what the published model was made for (specification §1.1)
@@ -52,7 +56,10 @@ def _require(condition: bool, message: str) -> None:
 class ModelConfig:
     """Which language model is loaded, and how."""
 
-    model: str | None = _option(None, "Hub id or folder of the model; none is the embedded one")
+    model: str | None = _option(
+        None,
+        "Hub id or folder of the model; none is the embedded one, higgs-audio-random one of noise",
+    )
     tokenizer: str | None = _option(None, "Hub id or folder of the tokenizer; default: the model's")
     revision: str | None = _option(None, "Hub revision of the model")
     download_dir: str | None = _option(None, "folder for Hub downloads; default: the Hub's cache")
@@ -231,6 +238,13 @@ class EngineConfig:
     @property
     def uses_embedded_model(self) -> bool:
         return self.model.model is None
+
+    @property
+    def notice(self) -> str:
+        """What whoever hears a model that needs no download must know of it; else empty."""
+        if self.uses_random_model:
+            return "random weights: this model makes noise, not speech"
+        return _TOY_NOTICE if self.uses_embedded_model else ""
 
     @property
     def uses_random_model(self) -> bool:

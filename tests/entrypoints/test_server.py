@@ -31,8 +31,10 @@ def test_a_model_name_may_hold_slashes(start_server: Any) -> None:
     assert server.client.get("/v1/models/org/name").json()["id"] == "org/name"
 
 
-def test_the_embedded_model_says_that_it_makes_noise(live: Any, start_server: Any) -> None:
-    assert "noise" in live.client.get("/v1/models").json()["data"][0]["description"]
+def test_models_without_a_download_say_what_they_are(live: Any, start_server: Any) -> None:
+    assert "toy" in live.client.get("/v1/models").json()["data"][0]["description"]
+    random = start_server(None, "--model", "higgs-audio-random")
+    assert "noise" in random.client.get("/v1/models").json()["data"][0]["description"]
     card = start_server(None, "--model", "some/model").client.get("/v1/models").json()["data"][0]
     assert "description" not in card
 

@@ -94,7 +94,6 @@ EXPOSED_HEADERS = (
     *END_HEADERS,
     *CACHE_HEADERS,
 )
-_NOISE_NOTICE = "random weights: this model makes noise, not speech"
 
 _SPEECH_REPLIES: Replies = {
     200: {
@@ -241,8 +240,8 @@ def _add_model_routes(app: FastAPI, args: ServeArgs, host: EngineHost) -> None:
             "max_model_len": limit,
             "permission": [],
         }
-        if args.engine.uses_embedded_model:
-            fields["description"] = _NOISE_NOTICE
+        if args.engine.notice:
+            fields["description"] = args.engine.notice
         return fields
 
     @app.get("/v1/models", responses=json_reply(ModelList))
@@ -361,7 +360,7 @@ def _log_start(args: ServeArgs) -> None:
     if args.engine.device.enforce_eager and args.engine.device.device == "cpu":
         logger.info("--enforce-eager is accepted and has no effect on the CPU")
     names = ", ".join(args.model_names)
-    notice = f" ({_NOISE_NOTICE})" if args.engine.uses_embedded_model else ""
+    notice = f" ({args.engine.notice})" if args.engine.notice else ""
     logger.info("higgs-audio-vllm %s serves %s%s", vllm.__version__, names, notice)
 
 
