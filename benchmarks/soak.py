@@ -1,6 +1,6 @@
 """Many ill-behaved clients on one server for minutes: failures, memory, leaked KV blocks, order.
 
-Starts a server of its own on the embedded small model. Clients read to the end, read slowly, leave
+Starts a server of its own on the small random model. Clients read to the end, read slowly, leave
 in the middle or before the first byte, or have their request cancelled; a 429 or 503 is a refusal
 by design, all else that goes wrong is a failure. The status is 1 when anything failed, leaked or
 grew, or when a request overtook another that came before it.
@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from benchmarks._report import format_table, write_json
 from vllm.benchmarks.client import ENDPOINTS, TEXTS
+from vllm.config import RANDOM_MODEL_NAME
 
 START_LIMIT_S = 120.0
 IDLE_LIMIT_S = 30.0
@@ -251,11 +252,12 @@ class Clients:
 
 @contextlib.contextmanager
 def small_server(*flags: str) -> Iterator[tuple[str, psutil.Process]]:
-    """A ready server on the embedded model, started with these flags, and its process."""
+    """A ready server on the small random model, started with these flags, and its process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     program = [sys.executable, "-m", "vllm.entrypoints.cli", "serve", "--host", "127.0.0.1"]
+    program += ["--model", RANDOM_MODEL_NAME]  # which makes audio of any length
     quiet = ["--disable-uvicorn-access-log", "--port", str(port)]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen([*program, *quiet, *flags], stderr=log, stdout=log)
