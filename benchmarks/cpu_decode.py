@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
-    if native.library() is None:
+    if native.loaded_library() is None:
         parser.error("the native library is not built")
     with tempfile.TemporaryDirectory() as name:
         make_checkpoint(Path(name), arguments.size, arguments.num_layers)

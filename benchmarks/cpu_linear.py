@@ -90,7 +90,7 @@ def in_format(weight: Tensor, weight_format: WeightFormat) -> Tensor | Quantized
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    if native.library() is None:
+    if native.loaded_library() is None:
         print("there is no native library here; see docs/kernels.md")
         return 1
     torch.set_num_threads(arguments.num_threads)

@@ -11,7 +11,7 @@ from benchmarks.cpu_decode import make_checkpoint, measure, print_results
 from vllm.kernels import native
 
 
-@pytest.mark.skipif(native.library() is None, reason="the native library is not built")
+@pytest.mark.skipif(native.loaded_library() is None, reason="the native library is not built")
 def test_both_paths_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_checkpoint(tmp_path, "tiny", num_layers=1)
     result = measure(

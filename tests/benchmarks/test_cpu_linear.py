@@ -11,7 +11,7 @@ from benchmarks import cpu_linear
 from vllm.kernels import native
 
 
-@pytest.mark.skipif(native.library() is None, reason="the native library is not built")
+@pytest.mark.skipif(native.loaded_library() is None, reason="the native library is not built")
 def test_reports_all_formats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

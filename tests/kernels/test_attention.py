@@ -30,7 +30,7 @@ def form(request):
         with native.disabled():
             yield
         return
-    if native.library() is None:
+    if native.loaded_library() is None:
         pytest.skip("the native library is not built")
     yield
 

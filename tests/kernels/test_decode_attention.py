@@ -17,7 +17,9 @@ from vllm.kernels import native
 from vllm.kernels.decode_attention import attend_rows, rope_write_attend
 from vllm.kernels.reference import apply_rope
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library is not built")
+pytestmark = pytest.mark.skipif(
+    native.loaded_library() is None, reason="the native library is not built"
+)
 
 
 @pytest.fixture(scope="module", params=native.supported_isas(), autouse=True)

@@ -19,7 +19,9 @@ from vllm.model_executor.models.higgs_audio import HiggsAudioModel
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample import RowSettings, Sampler, SamplingMetadata
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library is not built")
+pytestmark = pytest.mark.skipif(
+    native.loaded_library() is None, reason="the native library is not built"
+)
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, MAX_LEN, NUM_ROWS = 16, 200, 5

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from vllm.kernels import native
 from vllm.kernels.embed_codes import embed_codes
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library is not built")
+pytestmark = pytest.mark.skipif(
+    native.loaded_library() is None, reason="the native library is not built"
+)
 
 
 @pytest.fixture(scope="module", params=native.supported_isas(), autouse=True)

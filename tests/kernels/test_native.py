@@ -18,7 +18,7 @@ from vllm.kernels import native
 from vllm.kernels.rms_norm import rms_norm
 
 needs_library = pytest.mark.skipif(
-    native.library() is None, reason="the native library is not built"
+    native.loaded_library() is None, reason="the native library is not built"
 )
 
 
@@ -99,15 +99,15 @@ def test_unknown_instruction_set_is_refused() -> None:
 @needs_library
 def test_disabled_is_for_its_block_only() -> None:
     with native.disabled():
-        assert native.library() is None
+        assert native.loaded_library() is None
         assert native.isa() is None
         assert native.supported_isas() == []
-    assert native.library() is not None
+    assert native.loaded_library() is not None
 
 
 @needs_library
 def test_pools_follow_torchs_threads() -> None:
-    lib = native.library()
+    lib = native.loaded_library()
     assert lib is not None
     before = torch.get_num_threads()
     try:

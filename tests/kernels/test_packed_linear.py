@@ -14,7 +14,9 @@ from vllm.kernels import native, reference
 from vllm.kernels.packed_linear import InputNorm, PackedMatrix
 from vllm.kernels.quantize import QuantizedWeight, WeightFormat, quantize, quantized_linear
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library is not built")
+pytestmark = pytest.mark.skipif(
+    native.loaded_library() is None, reason="the native library is not built"
+)
 
 FORMATS = list(WeightFormat)
 # Products differ by the order of their sums; the rounding of inputs may differ at a tie.

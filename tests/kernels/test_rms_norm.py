@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from vllm.kernels import native, reference
 from vllm.kernels.rms_norm import rms_norm
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library is not built")
+pytestmark = pytest.mark.skipif(
+    native.loaded_library() is None, reason="the native library is not built"
+)
 
 
 @pytest.fixture(scope="module", params=native.supported_isas(), autouse=True)

@@ -11,7 +11,9 @@ from vllm.kernels import native
 from vllm.kernels.wave_decoder import WaveDecoder, WaveLayer
 from vllm.model_executor.codecs.higgs import HiggsCodec, HiggsCodecConfig
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library is not built")
+pytestmark = pytest.mark.skipif(
+    native.loaded_library() is None, reason="the native library is not built"
+)
 
 
 @pytest.fixture(scope="module", params=native.supported_isas(), autouse=True)

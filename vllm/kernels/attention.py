@@ -177,7 +177,7 @@ def _pad(context: Tensor, query: Tensor) -> Tensor:
 
 def _is_native(cache: Tensor) -> bool:
     return (
-        native.library() is not None
+        native.loaded_library() is not None
         and cache.device.type == "cpu"
         and can_attend(cache.dtype, cache.shape[-1])
     )

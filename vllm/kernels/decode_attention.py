@@ -97,7 +97,7 @@ def attend_rows(
     Returns:
         [N, num_heads, head_dim]; each row alone in its bits.
     """
-    lib = native.library()
+    lib = native.loaded_library()
     assert lib is not None
     num_heads, head_dim = query.shape[1:]
     assert query.stride()[1:] == (head_dim, 1)
@@ -139,7 +139,7 @@ def rope_write_attend(
     Returns:
         float32 [N, num_heads * head_dim].
     """
-    lib = native.library()
+    lib = native.loaded_library()
     assert lib is not None
     assert qkv.is_contiguous()
     assert cos.is_contiguous()

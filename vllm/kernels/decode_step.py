@@ -110,7 +110,7 @@ def can_decode(
 ) -> bool:
     """Whether the library is there and takes steps of such a model."""
     return (
-        native.library() is not None
+        native.loaded_library() is not None
         and device.type == "cpu"
         and can_attend(dtype, head_dim)
         and codebook_size <= MAX_CODEBOOK_SIZE
@@ -125,7 +125,7 @@ class DecodeStep:
     """
 
     def __init__(self, weights: DecoderWeights, rows: DecoderRows) -> None:
-        lib = native.library()
+        lib = native.loaded_library()
         assert lib is not None, "ask can_decode() first"
         assert rows.block_tables.flags.c_contiguous
         self._function = lib.hav_decode_step

@@ -26,7 +26,7 @@ def embed_codes(codes: Tensor, table: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         [N, H]; each row alone in its bits.
     """
-    lib = native.library()
+    lib = native.loaded_library()
     stride = native.row_stride(codes)
     is_native = (
         lib is not None

@@ -27,7 +27,7 @@ __all__ = [
     "ABI_VERSION",
     "disabled",
     "isa",
-    "library",
+    "loaded_library",
     "pool",
     "row_stride",
     "select_isa",
@@ -96,7 +96,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
 _is_disabled = False
 
 
-def library() -> ctypes.CDLL | None:
+def loaded_library() -> ctypes.CDLL | None:
     """The library, or None: not built, of another version, or switched off."""
     return None if _is_disabled else _open()
 
@@ -114,13 +114,13 @@ def disabled() -> Iterator[None]:
 
 def supported_isas() -> list[str]:
     """Instruction sets that library and processor both have, best last; empty without a library."""
-    lib = library()
+    lib = loaded_library()
     return lib.hav_supported_isas().decode().split() if lib else []
 
 
 def isa() -> str | None:
     """Name of the instruction set in use; None without a library."""
-    lib = library()
+    lib = loaded_library()
     return lib.hav_isa().decode() if lib else None
 
 
@@ -130,7 +130,7 @@ def select_isa(name: str) -> None:
     Raises:
         ConfigError: library or processor do not have it.
     """
-    lib = library()
+    lib = loaded_library()
     if lib is None or lib.hav_select_isa(name.encode()) != 0:
         allowed = ", ".join(supported_isas()) or "none, there is no native library"
         raise ConfigError(f"VLLM_CPU_ISA={name!r}: here there is {allowed}")

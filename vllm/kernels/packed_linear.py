@@ -43,8 +43,8 @@ class PackedMatrix:
     """
 
     def __init__(self, weight: Tensor | QuantizedWeight, *, is_gated: bool = False) -> None:
-        lib = native.library()
-        assert lib is not None, "ask native.library() first"
+        lib = native.loaded_library()
+        assert lib is not None, "ask native.loaded_library() first"
         num_outputs, self.num_inputs = weight.shape
         self.num_outputs = num_outputs // 2 if is_gated else num_outputs
         if isinstance(weight, QuantizedWeight):

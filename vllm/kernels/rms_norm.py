@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Each row alone in its bits, whatever the number of rows or threads.
     """
-    lib = native.library()
+    lib = native.loaded_library()
     is_native = (
         lib is not None
         and x.dtype == weight.dtype == torch.float32

@@ -122,7 +122,7 @@ def sample_frames(
     Returns:
         Frames [num_rows, num_codebooks] and ``FrameStatus`` [num_rows].
     """
-    lib = native.library()
+    lib = native.loaded_library()
     assert lib is not None
     assert logits.is_contiguous()
     assert logits.dtype == torch.float32
@@ -146,7 +146,7 @@ def native_uniform(
     seed: NDArray[np.uint64], step: NDArray[np.int64], num_codebooks: int, purpose: Purpose
 ) -> NDArray[np.float32]:
     """The numbers of ``philox.uniform``, to the bit: [num_rows, num_codebooks]."""
-    lib = native.library()
+    lib = native.loaded_library()
     assert lib is not None
     numbers = np.empty((len(seed), num_codebooks), np.float32)
     lib.hav_uniform(

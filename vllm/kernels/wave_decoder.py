@@ -94,8 +94,8 @@ class WaveDecoder:
     def __init__(
         self, table: Tensor, table_bias: Tensor, num_codebooks: int, layers: Sequence[WaveLayer]
     ) -> None:
-        lib = native.library()
-        assert lib is not None, "ask native.library() first"
+        lib = native.loaded_library()
+        assert lib is not None, "ask native.loaded_library() first"
         self._lib = lib
         self._table = table.detach().contiguous()
         self._table_bias = table_bias.detach().contiguous()

@@ -56,7 +56,7 @@ def test_decode_is_the_same_with_and_without_the_native_library(codec):
     assert torch.equal(codec.decode_part(codes, 11, 19), samples[:, 11 * 960 : 19 * 960])
 
 
-@pytest.mark.skipif(native.library() is None, reason="the native library is not built")
+@pytest.mark.skipif(native.loaded_library() is None, reason="the native library is not built")
 @torch.inference_mode()
 def test_what_the_native_library_cannot_decode_is_decoded_by_torch(
     codec, codec_folders, monkeypatch, caplog

@@ -53,7 +53,7 @@ def test_logits_stay_near(plain_folder: Path, quantization: str, limit: float) -
 
 
 @pytest.mark.parametrize("quantization", FORMATS)
-@pytest.mark.skipif(native.library() is None, reason="the native library is not built")
+@pytest.mark.skipif(native.loaded_library() is None, reason="the native library is not built")
 def test_native_and_torch_agree(plain_folder: Path, quantization: str) -> None:
     model = load_model(plain_folder, max_model_len=16, quantization=quantization)
     with native.disabled():

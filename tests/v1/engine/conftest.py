@@ -69,7 +69,7 @@ def decode_path(request: pytest.FixtureRequest) -> Iterator[None]:
         with native.disabled():
             yield
         return
-    if native.library() is None:
+    if native.loaded_library() is None:
         pytest.skip("the native library is not built")
     yield
 

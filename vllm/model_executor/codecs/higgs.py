@@ -218,7 +218,7 @@ class HiggsCodec(Codec):
     def _pack_decoder(self) -> None:
         """Hold the decoder for the native library as well, where that can run it."""
         is_native = self.table.device.type == "cpu" and self.table.dtype == torch.float32
-        if not is_native or native.library() is None:
+        if not is_native or native.loaded_library() is None:
             return
         layers = list(self.acoustic_decoder.layers())
         try:
@@ -238,7 +238,7 @@ class HiggsCodec(Codec):
 
     def decode_part(self, codes: Tensor, first: int, last: int) -> Tensor:
         wave_decoder = self._wave_decoder
-        if wave_decoder is None or native.library() is None or codes.device.type != "cpu":
+        if wave_decoder is None or native.loaded_library() is None or codes.device.type != "cpu":
             samples = self._decode_with_torch(codes)
             return samples[:, first * self.hop_length : last * self.hop_length]
         return torch.stack([wave_decoder(each, first, last) for each in codes])

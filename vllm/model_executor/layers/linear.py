@@ -59,7 +59,7 @@ class Linear(Layer):
         weight = self.weight.detach()
         quantized = None if quantization is None else quantize(weight, quantization)
         is_native = weight.device.type == "cpu" and weight.dtype in _NATIVE_DTYPES
-        if is_native and native.library() is not None:
+        if is_native and native.loaded_library() is not None:
             form = weight if quantized is None else quantized
             self._native = PackedMatrix(form, is_gated=self.is_gated)
             weight = weight.new_empty(0)
