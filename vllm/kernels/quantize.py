@@ -92,8 +92,10 @@ def quantize(weight: Tensor, weight_format: WeightFormat) -> QuantizedWeight:
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows ``x`` [N, K] as integers -127 .. 127 in float32, and the scale of each: [N, 1]."""
     x = x.float()
-    scales = (x.abs().amax(1, keepdim=True) / 127).clamp_(min=_SMALLEST_SCALE)
-    return (x / scales).round_(), scales
+    largest = x.abs().amax(1, keepdim=True).clamp_(min=127 * _SMALLEST_SCALE)
+    # By a product, as native code does it: a quotient rounds some ties to the other integer.
+    scales = largest / 127
+    return (x * (127 / largest)).round_(), scales
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
