@@ -35,6 +35,9 @@ from vllm.prompts.higgs_audio import HiggsAudioPromptBuilder
 READY_LIMIT_S = 90
 CHECKPOINT_SEED = 1
 REQUEST = {"input": "Hello, this is a test.", "seed": 42, "max_tokens": 60}
+# Thousands of steps, so that no machine is done with them before a test has acted.
+ENDLESS = ("--max-model-len", "8192")
+ENDLESS_REQUEST = {"input": "A long text. " * 100, "seed": 1, "response_format": "pcm"}
 
 
 class RealServer:
@@ -266,7 +269,7 @@ def test_an_upload_speaks_the_same_after_a_restart_and_until_it_is_deleted(
 
     second = start_real(*place).wait_ready()
     assert second.pcm(voice="Anna") == before
-    longer = {"input": "A long text. " * 6, "voice": "Anna", "max_tokens": 200}
+    longer = {"input": "A long text. " * 20, "voice": "Anna", "max_tokens": 800}
     undisturbed = second.pcm(**longer)
     body = {**REQUEST, "response_format": "pcm", **longer}
     with second.client.stream("POST", "/v1/audio/speech", json=body) as reply:
@@ -388,9 +391,8 @@ def test_a_reply_from_memory_is_the_reply_that_was_made(
 
 
 def test_the_engines_death_ends_streams_and_server(start_real: Callable[..., RealServer]) -> None:
-    server = start_real().wait_ready()
-    body = {"input": "a long text " * 20, "seed": 1, "response_format": "pcm"}
-    with server.client.stream("POST", "/v1/audio/speech", json=body) as reply:
+    server = start_real(*ENDLESS).wait_ready()
+    with server.client.stream("POST", "/v1/audio/speech", json=ENDLESS_REQUEST) as reply:
         pieces = reply.iter_raw()
         next(pieces)
         for process in server.engine_processes():
@@ -402,11 +404,10 @@ def test_the_engines_death_ends_streams_and_server(start_real: Callable[..., Rea
 
 
 def test_sigterm_ends_everything_cleanly(start_real: Callable[..., RealServer]) -> None:
-    server = start_real("--shutdown-timeout", "1").wait_ready()
+    server = start_real("--shutdown-timeout", "1", *ENDLESS).wait_ready()
     engines = server.engine_processes()
     assert engines
-    body = {"input": "a long text " * 20, "seed": 1, "response_format": "pcm"}
-    with server.client.stream("POST", "/v1/audio/speech", json=body) as reply:
+    with server.client.stream("POST", "/v1/audio/speech", json=ENDLESS_REQUEST) as reply:
         pieces = reply.iter_raw()
         next(pieces)
         server.process.send_signal(signal.SIGTERM)
@@ -503,8 +504,8 @@ def test_pcm_equals_generate_and_the_reference_codec(
 def test_a_signal_ends_an_event_stream_with_an_error_event(
     start_real: Callable[..., RealServer],
 ) -> None:
-    server = start_real("--shutdown-timeout", "2").wait_ready()
-    body = {"input": "A long text. " * 100, "stream_format": "sse", "response_format": "pcm"}
+    server = start_real("--shutdown-timeout", "1", *ENDLESS).wait_ready()
+    body = {**ENDLESS_REQUEST, "stream_format": "sse"}
     events: list[str] = []
     with server.client.stream("POST", "/v1/audio/speech", json=body) as reply:
         for line in reply.iter_lines():
