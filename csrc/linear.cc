@@ -14,6 +14,8 @@ constexpr int64_t kRowsPerPass = 64;
 constexpr int64_t kStepsPerPass = 1024;
 // Below this many words of weights or inputs a second thread costs more than it saves.
 constexpr int64_t kGrainWords = 16384;
+// What rows of zeros, and of numbers next to none, are taken to reach: 127 times 2^-100.
+constexpr float kSmallestLargest = 127.0f * 0x1p-100f;
 
 constexpr int64_t round_up(int64_t size, int64_t quantum) {
   return (size + quantum - 1) / quantum * quantum;
@@ -61,7 +63,7 @@ WorkspacePlan plan_workspace(const LinearWeights& weights, int64_t num_rows) {
 // ---- Preparing rows ---------------------------------------------------------------------------
 
 float largest_magnitude(const float* x, int64_t width) {
-  F32 largest = zero();
+  F32 largest = splat(kSmallestLargest);
   for (int64_t i = 0; i < width; i += F32::kLanes) {
     largest = max(largest, abs(load_up_to(x + i, width - i)));
   }
@@ -80,10 +82,11 @@ void add_128(int8_t* y, int64_t size) {
   for (int64_t i = 0; i < size; ++i) y[i] = static_cast<int8_t>(y[i] ^ -128);
 }
 
-// Bytes q with x = q * (what is returned) within half a unit, plus `offset` (0 or 128).
+// Bytes q with x = q * (what is returned) within half a unit, plus `offset` (0 or 128). The
+// operations, and so the integers, are those of quantize_rows in vllm/kernels/quantize.py.
 float row_to_int8(const float* x, int64_t width, int offset, int8_t* y) {
   const float largest = largest_magnitude(x, width);
-  const F32 factor = splat(largest > 0.0f ? 127.0f / largest : 0.0f);
+  const F32 factor = splat(127.0f / largest);
   for (int64_t i = 0; i < width; i += F32::kLanes) {
     const I32 q = round_to_i32(load_up_to(x + i, width - i) * factor);
     store_s8_up_to(y + i, q, width - i);

@@ -90,12 +90,17 @@ def quantize(weight: Tensor, weight_format: WeightFormat) -> QuantizedWeight:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``x`` [N, K] as integers -127 .. 127 in float32, and the scale of each: [N, 1]."""
+    """Rows ``x`` [N, K] as integers -127 .. 127 in float32, and the scale of each: [N, 1].
+
+    Operation by operation what native code does, so that both round every number to the same
+    integer.
+    """
     x = x.float()
     largest = x.abs().amax(1, keepdim=True).clamp_(min=127 * _SMALLEST_SCALE)
-    # By a product, as native code does it: a quotient rounds some ties to the other integer.
-    scales = largest / 127
-    return (x * (127 / largest)).round_(), scales
+    # ``127 / largest`` is not a division: torch takes the reciprocal and multiplies, which rounds
+    # twice.
+    factors = torch.full_like(largest, 127.0) / largest
+    return (x * factors).round_(), largest / 127
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
