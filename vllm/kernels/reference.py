@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["apply_rope", "rms_norm", "silu_mul"]
+__all__ = ["apply_rope", "rms_norm", "rope_write_kv", "silu_mul"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,6 +37,36 @@ def apply_rope(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """
     half = x.shape[-1] // 2
     return torch.addcmul(x * cos, x.roll(half, dims=-1), signed_sin)
+
+
+def rope_write_kv(
+    qkv: Tensor,
+    cos: Tensor,
+    signed_sin: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    num_heads: int,
+) -> None:
+    """Write the rotated keys, and the values, of new positions to their pages.
+
+    Args:
+        qkv: [N, (num_heads + 2 * num_kv_heads) * head_dim]; read only.
+        cos: [num_positions, 1, head_dim].
+        signed_sin: as ``cos``, the first half of the sines negated.
+        cache: [2, num_blocks, num_kv_heads, block_size, head_dim].
+        slots: int64 [N], ``block * block_size + offset`` of each row; -1 for padding.
+        positions: int64 [N].
+        num_heads: of the queries.
+    """
+    block_size, head_dim = cache.shape[3:]
+    used = slots >= 0
+    slots, positions = slots[used], positions[used]
+    heads = qkv[used].view(len(slots), -1, head_dim)
+    keys, values = heads[:, num_heads:].chunk(2, dim=1)
+    rotated = apply_rope(keys, cos[positions], signed_sin[positions])
+    cache[0, slots // block_size, :, slots % block_size] = rotated.to(cache.dtype)
+    cache[1, slots // block_size, :, slots % block_size] = values.to(cache.dtype)
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:
