@@ -1,7 +1,7 @@
 """Sampling of all codebooks and the streams' next state, natively, on the memory of their owners.
 
-The Python face of ``csrc/sampler.cc``. What is correct is defined by ``v1.sample`` and by
-``CodebookState``, which own the memory; nothing here knows a request.
+The Python face of ``csrc/sampler.cc`` and of ``triton/sampler.py``. What is correct is defined by
+``v1.sample`` and by ``CodebookState``, which own the memory; nothing here knows a request.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from vllm.kernels.philox import Purpose
 
 __all__ = [
     "MAX_CODEBOOK_SIZE",
+    "DeviceSampler",
     "SamplingMemory",
     "SamplingStruct",
     "StreamMemory",
@@ -61,7 +63,7 @@ class SamplingStruct(ctypes.Structure):
 
 @dataclass(frozen=True, eq=False)
 class StreamMemory:
-    """State of the streams of all persistent rows, as ``CodebookState`` keeps it on a CPU."""
+    """State of the streams of all persistent rows, as ``CodebookState`` keeps it."""
 
     last_frame: Tensor  # int64 [max_num_rows, num_codebooks]
     counters: Tensor  # int64 [max_num_rows, 6]
@@ -70,7 +72,7 @@ class StreamMemory:
     eos: int
 
     def struct(self, codebook_size: int) -> StreamsStruct:
-        """View for native code, good while this object lives."""
+        """View for native code on the CPU, good while this object lives."""
         assert codebook_size <= MAX_CODEBOOK_SIZE
         return StreamsStruct(
             self.last_frame.data_ptr(),
@@ -140,6 +142,90 @@ def sample_frames(
         status.ctypes.data,
     )
     return frames, status
+
+
+class DeviceSampler:
+    """Draws frames of persistent rows on a CUDA device: one launch, and nothing is read back.
+
+    The call allocates nothing and its arguments keep their places, so a CUDA graph can hold it.
+    Rows are idle until they are started and again once they have ended: an idle row's state does
+    not change. A row's codes are its own in every bit, whatever the other rows of the step are.
+
+    The noise is that of ``philox.uniform`` to the bit, and so are ties: equally likely codes stay
+    or go together. Exponentials and sums round in another way than torch's, so that a draw whose
+    number lies within rounding of the border between two codes may fall on the other side.
+
+    Args:
+        streams: state of all persistent rows, on the device, advanced.
+        positions: int64 [max_num_rows], on the device: where each row's next frame goes. Advanced
+            with every frame; -1 for a row that has ended.
+        pdl: launch programmatically dependent on the kernel before, see ``docs/kernels.md``.
+    """
+
+    _NUM_SETTINGS = 8
+
+    def __init__(self, streams: StreamMemory, positions: Tensor, *, pdl: bool = False) -> None:
+        max_num_rows, device = len(streams.last_frame), streams.last_frame.device
+        assert positions.shape == (max_num_rows,)
+        self._streams = streams
+        self._positions = positions
+        self._pdl = pdl
+        # Temperature and top-p (as bits), top-k, RAS window, repeats and mode, two words of seed.
+        self._settings = torch.zeros(
+            max_num_rows, self._NUM_SETTINGS, dtype=torch.int32, device=device
+        )  # [max_num_rows, 8]
+        # Codebooks of the current step that are done; 0 between steps, -1 for an idle row.
+        self._arrivals = torch.full((max_num_rows,), -1, dtype=torch.int32, device=device)
+        self._launch = import_module("vllm.kernels.triton.sampler").sample_frames
+
+    def start_rows(self, rows: NDArray[np.int64], sampling: SamplingMemory) -> None:
+        """Take over the settings of ``rows`` and let them run, from their streams' state on."""
+        device = self._settings.device
+        words = torch.from_numpy(_settings_of(sampling, rows)).to(device, non_blocking=True)
+        index = torch.from_numpy(rows).to(device, non_blocking=True)
+        self._settings.index_copy_(0, index, words)
+        self._arrivals.index_fill_(0, index, 0)
+
+    def stop_rows(self, rows: NDArray[np.int64]) -> None:
+        """Make ``rows`` idle."""
+        index = torch.from_numpy(rows).to(self._settings.device, non_blocking=True)
+        self._arrivals.index_fill_(0, index, -1)
+
+    def __call__(self, logits: Tensor, rows: Tensor, results: Tensor) -> None:
+        """Draw one frame for each row that runs, and append it to the row's stream.
+
+        Args:
+            logits: [num_rows, num_codebooks, codebook_size], contiguous, of any float type.
+            rows: int32 or int64 [num_rows], on the device, without duplicates; a negative one is
+                padding.
+            results: int16 [num_rows, num_codebooks + 1], contiguous, overwritten: the frame, then
+                its ``FrameStatus``; -1 throughout for rows that are idle. Memory that the device
+                can write, which includes pinned memory of the host.
+        """
+        assert logits.is_contiguous()
+        assert results.is_contiguous()
+        assert results.shape == (len(rows), logits.shape[1] + 1)
+        self._launch(
+            *(logits, rows, self._settings, self._streams),
+            *(self._arrivals, self._positions, results),
+            pdl=self._pdl,
+        )
+
+
+def _settings_of(sampling: SamplingMemory, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+    """The rows of the device's table: [num_rows, 8]."""
+    seed = sampling.seed[rows]
+    columns = (
+        sampling.temperature[rows].view(np.int32),
+        sampling.top_p[rows].view(np.int32),
+        sampling.top_k[rows].astype(np.int32),
+        sampling.ras_window[rows].astype(np.int32),
+        sampling.ras_repeats[rows].astype(np.int32),
+        sampling.ras_blocks[rows].astype(np.int32),
+        (seed & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32),
+        (seed >> np.uint64(32)).astype(np.uint32).view(np.int32),
+    )
+    return np.stack(columns, axis=1)
 
 
 def native_uniform(
