@@ -17,6 +17,7 @@ PASSED = Outcome(
     kv_cache_usage=0.0,
     num_pairs=5,
     num_overtaken=0,
+    longest_ping_s=0.01,
     memory_mib=(500.0, 1000.0, 1100.0, 1010.0),
 )
 
@@ -49,6 +50,7 @@ def test_order_of_requests() -> None:
     assert count_overtaken([first, replace(second, answered_at=8.0)]) == (1, 0)  # began earlier?
     assert count_overtaken([first, replace(second, sent_at=1.0)]) == (0, 0)  # too close
     assert count_overtaken([replace(first, answered_at=2.0), second]) == (0, 0)  # never together
+    assert count_overtaken([first, second], gap_s=20.0) == (0, 0)  # on a starved machine
     assert count_overtaken([first, replace(second, priority=-1)]) == (0, 0)  # it may overtake
     assert count_overtaken([replace(first, priority=-1), second]) == (1, 1)
 
