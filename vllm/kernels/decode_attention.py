@@ -1,7 +1,8 @@
-"""Attention of single rows over the paged KV cache, natively; there is no other form of it here.
+"""Attention of single rows over the paged KV cache: native, or Triton on CUDA.
 
-The Python face of ``csrc/decode_attention.cc``. ``attention`` plans steps, has the form for every
-device, and calls this one where it serves.
+The Python face of ``csrc/decode_attention.cc`` and ``triton/decode_attention.py``. ``attention``
+plans steps, has a form for every device, and calls ``attend_rows`` where that serves. Knows no
+model and no request.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from vllm.kernels import native
+from vllm.kernels import native, reference
 
 __all__ = ["AttentionStruct", "KVCacheStruct", "attend_rows", "can_attend", "rope_write_attend"]
 
@@ -128,19 +129,30 @@ def rope_write_attend(
     """Attention of one new position for each of N sequences, which is written to the cache first.
 
     Args:
-        qkv: float32 [N, (num_heads + 2 * num_kv_heads) * head_dim], contiguous; its queries and
-            keys are rotated in place.
-        cos: float32 [num_positions, 1, head_dim].
+        qkv: [N, (num_heads + 2 * num_kv_heads) * head_dim], contiguous; its queries and keys may
+            be rotated in place.
+        cos: [num_positions, 1, head_dim].
         signed_sin: as ``cos``, the first half of the sines negated.
-        cache, block_tables, tables, scale: as in ``attend_rows``.
-        positions: int64 [N], the new position of each.
+        cache: [2, num_blocks, num_kv_heads, block_size, head_dim], of qkv's type; on CUDA also
+            float8_e4m3fn (a card of compute capability 8.9 or more), to which keys and values are
+            rounded as they are: 448 is far above them, and no scale has to be known beforehand.
+        block_tables: int64 [num_sequences, max_blocks].
+        tables: int64 [N], the sequence of each row.
+        positions: int64 [N], the new position of each; not natively: -1 for padding.
         num_heads: of the queries.
+        scale: factor on the scores.
 
     Returns:
-        float32 [N, num_heads * head_dim].
+        [N, num_heads * head_dim], each row alone in its bits; undefined for padding.
     """
+    arguments = (qkv, cos, signed_sin, cache, block_tables, tables, positions, num_heads, scale)
+    if qkv.is_cuda:
+        from vllm.kernels.triton import decode_attention as on_cuda
+
+        return on_cuda.rope_write_attend(*arguments)
     lib = native.loaded_library()
-    assert lib is not None
+    if lib is None or not can_attend(cache.dtype, cache.shape[4]):
+        return reference.rope_write_attend(*arguments)
     assert qkv.is_contiguous()
     assert cos.is_contiguous()
     assert signed_sin.is_contiguous()

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["apply_rope", "rms_norm", "rope_write_kv", "silu_mul"]
+__all__ = [
+    "apply_rope",
+    "rms_norm",
+    "rope_attend",
+    "rope_write_attend",
+    "rope_write_kv",
+    "silu_mul",
+]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -67,6 +74,67 @@ def rope_write_kv(
     rotated = apply_rope(keys, cos[positions], signed_sin[positions])
     cache[0, slots // block_size, :, slots % block_size] = rotated.to(cache.dtype)
     cache[1, slots // block_size, :, slots % block_size] = values.to(cache.dtype)
+
+
+def rope_attend(
+    qkv: Tensor,
+    cos: Tensor,
+    signed_sin: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    tables: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    scale: float,
+) -> Tensor:
+    """Attention of rows, rotated here, whose keys and values are in their pages already.
+
+    Args:
+        qkv, cos, signed_sin, cache, num_heads: as of ``rope_write_kv``.
+        block_tables: int [num_sequences, max_blocks].
+        tables: int [N], the sequence of each row.
+        positions: int [N], of each row, which sees itself and what comes before; -1 for padding.
+        scale: factor on the scores.
+
+    Returns:
+        [N, num_heads * head_dim]; zeros for padding.
+    """
+    num_kv_heads, block_size, head_dim = cache.shape[2:]
+    context = qkv.new_zeros(len(qkv), num_heads * head_dim)
+    for row, (table, position) in enumerate(zip(tables.tolist(), positions.tolist(), strict=True)):
+        if position < 0:
+            continue
+        heads = qkv[row].view(1, -1, head_dim)[:, :num_heads]
+        query = apply_rope(heads, cos[position], signed_sin[position]).float()
+        blocks = block_tables[table, : position // block_size + 1].long()
+        keys_values = cache[:, blocks].transpose(2, 3).flatten(1, 2)[:, : position + 1]
+        keys, values = keys_values.float().transpose(1, 2)  # [num_kv_heads, position + 1, head_dim]
+        scores = query.view(num_kv_heads, -1, head_dim) @ keys.transpose(1, 2)
+        context[row] = (scores.mul_(scale).softmax(-1) @ values).flatten()
+    return context
+
+
+def rope_write_attend(
+    qkv: Tensor,
+    cos: Tensor,
+    signed_sin: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    tables: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    scale: float,
+) -> Tensor:
+    """``rope_write_kv`` of one new position per row, then ``rope_attend``; arguments as of both."""
+    block_size = cache.shape[3]
+    slots = torch.full_like(positions, -1)
+    for row, (table, position) in enumerate(zip(tables.tolist(), positions.tolist(), strict=True)):
+        if position >= 0:
+            block = block_tables[table, position // block_size]
+            slots[row] = block * block_size + position % block_size
+    rope_write_kv(qkv, cos, signed_sin, cache, slots, positions, num_heads)
+    sight = (block_tables, tables, positions)
+    return rope_attend(qkv, cos, signed_sin, cache, *sight, num_heads, scale)
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:

@@ -60,6 +60,14 @@ class Compiled:
             found.append(f"{self.num_registers} registers do not fit {self.num_warps} warps")
         return found + [f"no {opcode}" for opcode in contains if not self.count(opcode)]
 
+    def waits_first(self) -> bool:
+        """Whether it waits for the previous kernel before it reads memory or branches.
+
+        A program that returned without waiting would let the next kernel overtake the previous one.
+        """
+        before, wait, _ = self.ptx.partition("griddepcontrol.wait")
+        return bool(wait) and not re.search(r"\b(ld\.global|bra|ret)\b", before)
+
 
 def compile_kernel(
     kernel: str,
