@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._report import format_table, write_json
-from benchmarks._timing import interleave, ratio
+from benchmarks._timing import CLOCKS, interleave, ratio
 from vllm.checkpoints.make_codec import CODEC_SIZES, make_codec
 from vllm.kernels import native
 from vllm.model_executor.codecs import Codec, load_codec
@@ -33,7 +33,6 @@ from vllm.model_executor.codecs.streaming import DEFAULT_RAMP, Window, WindowPla
 
 TOLERANCE = 1e-4
 NATIVE_TOLERANCE = 1e-5  # between ours and the same network by torch
-CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 
 
 def measure(

@@ -14,7 +14,6 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,15 +25,13 @@ import torch
 
 from benchmarks._engine import make_core, make_request
 from benchmarks._report import format_table, write_json
-from benchmarks._timing import interleave, ratio
+from benchmarks._timing import CLOCKS, interleave, ratio
 from vllm.checkpoint_config import HiggsAudioConfig
 from vllm.checkpoints import run_make
 from vllm.checkpoints.make_model import make_model
 from vllm.kernels import native
 from vllm.v1.core.sched_output import StepKind
 from vllm.v1.engine.core import EngineCore
-
-CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 
 
 class Stepper:

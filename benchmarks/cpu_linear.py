@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 
 from benchmarks._report import format_table, write_json
-from benchmarks._timing import interleave, ratio
+from benchmarks._timing import CLOCKS, interleave, ratio
 from vllm.kernels import native
 from vllm.kernels.linear import linear, pack_weight
 from vllm.kernels.packed_linear import PackedMatrix
 from vllm.kernels.quantize import QuantizedWeight, WeightFormat, quantize
 
 NUM_BYTES = {"cache": 4 << 20, "memory": 512 << 20}  # of float32 weights
-CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 HEADER = ["format", "us", "GFLOP/s", "GB/s", "of reading", "torch / ours"]
 
 
