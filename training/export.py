@@ -30,6 +30,7 @@ from vllm.entrypoints.bosonai.voices import SHIPPED_PRESETS
 from vllm.model_executor.codecs.higgs import HiggsCodecConfig, fold_weight_norm
 
 _VOICE = "en_woman"
+_MAX_CHARS = 50  # one sentence, which is what the training texts hold
 _AUDIO_HEAD = "audio_lm_head.weight"
 TEXT_HEAD = "text_lm_head.weight"
 
@@ -139,7 +140,9 @@ def export_voices(folder: Path) -> None:
         kept = {key: entry[key] for key in ("name", "language", "description") if key in entry}
         is_ours = voice_id == _VOICE
         entries[voice_id] = kept | (
-            {"trained": True, "default": True} if is_ours else {"speaks": False}
+            {"trained": True, "max_chars": _MAX_CHARS, "default": True}
+            if is_ours
+            else {"speaks": False}
         )
     text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

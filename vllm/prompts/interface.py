@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm.exceptions import InvalidRequestError
-from vllm.prompts.splitting import speaker_tags
+from vllm.prompts.splitting import DEFAULT_MAX_CHARS, speaker_tags
 
 if TYPE_CHECKING:
     from vllm.prompts.tokenizer import TextTokenizer
@@ -70,6 +70,7 @@ class Voice:
     is_default: bool = False
     speaks: bool = True  # False: listed, but the model cannot speak it
     is_trained: bool = False  # the model was trained on it and keeps it without any context
+    max_chars: int = DEFAULT_MAX_CHARS  # of the parts in which it speaks a text
     asked_for: str = ""  # id of the voice that this one stands in for, since it does not speak
     duration_s: float = 0.0  # of the clip
     labels: dict[str, str] = field(default_factory=dict)

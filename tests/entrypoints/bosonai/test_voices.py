@@ -142,6 +142,19 @@ def test_a_trained_voice_needs_neither_clip_nor_scene(tmp_path):
     assert voice.clip is None
 
 
+def test_a_voice_says_how_much_it_speaks_at_once(tmp_path):
+    entries = {"a": {"trained": True, "max_chars": 40}, "b": {"trained": True}}
+    library = make_library(write_presets(tmp_path, entries))
+    assert library.resolve("a").max_chars == 40
+    assert library.resolve("b").max_chars == 300
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "40", 4.5])
+def test_how_much_a_voice_speaks_at_once_is_a_positive_number(tmp_path, value):
+    with pytest.raises(ConfigError, match="max_chars"):
+        make_library(write_presets(tmp_path, {"a": {"trained": True, "max_chars": value}}))
+
+
 def test_alias_without_its_voice_means_the_default(tmp_path):
     library = make_library(write_presets(tmp_path, {"other": CLIP}))
     assert library.resolve("alloy").voice_id == "other"

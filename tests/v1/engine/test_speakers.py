@@ -54,3 +54,21 @@ def test_every_part_of_a_long_turn_names_its_speaker(make_driver: Callable[..., 
     tags = "".join(part[8] for part in parts)
     assert tags.strip("0").strip("1") == ""
     assert "01" in tags
+
+
+def test_parts_are_as_short_as_the_voice_that_speaks_least_at_once(
+    make_driver: Callable[..., Any],
+) -> None:
+    driver = make_driver()
+    text = "[SPEAKER0] One two three four. [SPEAKER1] Five six seven. Eight nine ten. Eleven."
+    voices = {
+        "SPEAKER0": Voice("a", "A", scene="Old."),
+        "SPEAKER1": Voice("b", "B", scene="Young.", max_chars=40),
+    }
+    prompt = SpeechPrompt(text=text, voices=voices)
+    parts = [part.text for part in driver.processor.process("r", prompt, PARAMS)._parts]
+    assert parts == [
+        "[SPEAKER0] One two three four.",
+        "[SPEAKER1] Five six seven.",
+        "[SPEAKER1] Eight nine ten. Eleven.",
+    ]

@@ -28,7 +28,7 @@ from vllm.exceptions import (
     VoiceStoreError,
 )
 from vllm.logger import get_logger
-from vllm.prompts import PromptClip, Voice
+from vllm.prompts import DEFAULT_MAX_CHARS, PromptClip, Voice
 
 if TYPE_CHECKING:
     from vllm.config import EngineConfig
@@ -62,6 +62,7 @@ _TEXT_KEYS = ("transcript", "audio_file", "system_prompt", "scene", "language", 
 _KEY_TYPES: dict[str, type] = {
     **dict.fromkeys((*_TEXT_KEYS, "name", "codes_file"), str),
     **dict.fromkeys(("default", "speaks", "trained"), bool),
+    "max_chars": int,
 }
 
 _ANY_RATE_HZ = 24_000  # where no codec is loaded; lengths are shown in seconds
@@ -391,6 +392,7 @@ class VoiceLibrary:
             is_default=entry.get("default", False),
             speaks=entry.get("speaks", True),
             is_trained=entry.get("trained", False),
+            max_chars=entry.get("max_chars", DEFAULT_MAX_CHARS),
             duration_s=duration_s,
             labels={"language": language},
         )
@@ -533,10 +535,12 @@ def _check_entry(voice_id: str, entry: object) -> None:
             raise ConfigError(
                 f"voice {voice_id!r} has the unknown key {key!r}; known are {', '.join(_KEY_TYPES)}"
             )
-        if not isinstance(value, _KEY_TYPES[key]):
+        if type(value) is not _KEY_TYPES[key]:  # True is no number
             raise ConfigError(
                 f"voice {voice_id!r}: {key}={value!r} must be a {_KEY_TYPES[key].__name__}"
             )
+    if entry.get("max_chars", 1) < 1:
+        raise ConfigError(f"voice {voice_id!r}: max_chars={entry['max_chars']} must be at least 1")
     if ("transcript" in entry) != ("audio_file" in entry):
         raise ConfigError(
             f"voice {voice_id!r}: transcript and audio_file go together; one is missing"

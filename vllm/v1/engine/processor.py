@@ -210,7 +210,7 @@ class Processor:
                 frames_of(speech_limit_seconds(text), self._info) if has_guard else None,
                 partial(self._longest_field, prompt, _voices_of(voice, speakers), text),
             )
-            for text in self._split(prompt, voice)
+            for text in self._split(prompt, voice, speakers)
         ]
 
     def _longest_field(self, prompt: SpeechPrompt, voices: Sequence[Voice], text: str) -> str:
@@ -233,10 +233,14 @@ class Processor:
     def _num_positions(self, turns: Sequence[SpokenTurn]) -> int:
         return sum(self._builder.count_tokens(turn.text) + turn.clip.num_frames for turn in turns)
 
-    def _split(self, prompt: SpeechPrompt, voice: Voice) -> list[str]:
+    def _split(self, prompt: SpeechPrompt, voice: Voice, speakers: Sequence[Speaker]) -> list[str]:
         """Pieces of the text that hold something to speak; of one that holds nothing, itself."""
         assert prompt.text is not None
-        pieces = split_text(prompt.text, language=prompt.language or voice.language)
+        pieces = split_text(
+            prompt.text,
+            language=prompt.language or voice.language,
+            max_chars=min(each.max_chars for each in _voices_of(voice, speakers)),
+        )
         normalize = prompt.normalize
         spoken = [
             piece for piece in pieces if self._builder.is_speakable(piece, normalize=normalize)
