@@ -49,16 +49,17 @@ class Stepper:
                 **options,
             )
             self._runner = self._core._executor._worker._runner  # type: ignore[attr-defined]
-            assert (self._runner._native_step is not None) == self._is_native
+            self._decoder = self._runner._decoder
+            assert (self._decoder._native_step is not None) == self._is_native
             self._batch = self._runner._prepare_decode(_start(self._core, batch_size))
 
     @torch.inference_mode()
     def step(self) -> None:
         if self._is_native:
-            self._runner._native_step(self._batch.rows)
+            self._decoder._native_step(self._batch.rows)
             return
         with self._switch():
-            self._runner._torch_step(self._batch)
+            self._decoder._step(self._batch.rows)
 
     def shutdown(self) -> None:
         self._core.shutdown()

@@ -47,10 +47,15 @@ class StepTimer:
         self._plan: Any = None
         runner = core._executor._worker._runner  # type: ignore[attr-defined]
         self._wrap(core._scheduler, "schedule", "schedule", keep_result=True)
-        for name in ("_update_states", "_prepare_decode", "_decode_metadata"):
-            self._wrap(runner, name, "prepare")
-        if runner._native_step is not None:
-            self._wrap(runner, "_native_step", "forward")
+        decoder = runner._decoder
+        for owner, name in (
+            (runner, "_update_states"),
+            (runner, "_prepare_decode"),
+            (decoder, "_metadata"),
+        ):
+            self._wrap(owner, name, "prepare")
+        if decoder._native_step is not None:
+            self._wrap(decoder, "_native_step", "forward")
         self._wrap(runner._state, "embed_last_content", "forward")
         self._wrap(runner._model, "forward", "forward")
         self._wrap(runner._state, "next_content", "sample")

@@ -8,13 +8,22 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from vllm.exceptions import ConfigError
 
-__all__ = ["MemoryFigures", "Platform", "num_cores", "resolve_dtype", "select_platform"]
+__all__ = [
+    "MemoryFigures",
+    "Platform",
+    "copy_to_device",
+    "num_cores",
+    "resolve_dtype",
+    "select_platform",
+]
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
@@ -101,3 +110,15 @@ def resolve_dtype(name: str, platform: Platform) -> torch.dtype:
     if name == "bfloat16" and platform.is_cuda and not torch.cuda.is_bf16_supported():
         raise ConfigError("--dtype bfloat16: this card has none; use float16")
     return _DTYPES[name]
+
+
+def copy_to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """``values`` on a device, in the order of its stream, without a wait for what runs there.
+
+    On a CPU they share memory, so they must not change afterwards.
+    """
+    host = torch.from_numpy(values)
+    if device.type != "cuda":
+        return host.to(device)
+    # Memory from torch's pinned pool is given away again only when the copy is done.
+    return host.pin_memory().to(device, non_blocking=True)

@@ -279,7 +279,7 @@ def _runs(block_tables: Tensor, is_visible: Tensor, geometry: _Geometry) -> Tens
     starts = torch.arange(0, is_visible.shape[1], run, device=block_tables.device)
     blocks = (starts // geometry.block_size).clamp(max=block_tables.shape[1] - 1)
     blocks = torch.where(is_visible[:, ::run], block_tables[:, blocks], block_tables[:, :1])
-    in_block = torch.where(is_visible[:, ::run], starts // run % runs_per_block, 0)
+    in_block = starts // run % runs_per_block * is_visible[:, ::run]
     heads = torch.arange(num_heads, device=blocks.device).view(1, 1, -1, 1)
     shape = (blocks.shape[0], -1, 1, KEY_TILE // run)
     keys = (blocks.view(shape) * num_heads + heads) * runs_per_block + in_block.view(shape)

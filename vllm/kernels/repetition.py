@@ -43,7 +43,8 @@ def mask_repeated(logits: Tensor, history: Tensor, window: Tensor, repeats: Tens
     counted = (history >= 0) & _inside(window, history.shape[1])[..., None]
     same = (history[:, :, None] == history[:, None]) & counted[:, None]  # [num_rows, w, w, K]
     banned = counted & (same.sum(2) >= repeats[:, None, None])
-    penalty = torch.where(banned, -math.inf, 0.0).transpose(1, 2)
+    penalty = torch.zeros(banned.shape, device=banned.device).masked_fill_(banned, -math.inf)
+    penalty = penalty.transpose(1, 2)
     codes = history.clamp(min=0).transpose(1, 2).long()
     masked = logits.scatter_add(-1, codes, penalty)
     is_empty = masked.amax(-1, keepdim=True) == -math.inf

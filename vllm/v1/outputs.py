@@ -49,7 +49,11 @@ class CodecStats:
 
 @dataclass(frozen=True, eq=False)
 class ModelRunnerOutput:
-    """Result of one step. Rows are in the order of ``SchedulerOutput.decode``."""
+    """Result of one step.
+
+    Frames are those of the step itself or, from a worker that works ahead, of one before it.
+    Requests that ended or were dropped meanwhile are not among their rows.
+    """
 
     request_ids: tuple[str, ...] = ()
     frames: NDArray[np.int16] | None = None  # [num_reqs, num_codebooks], delayed

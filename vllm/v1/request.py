@@ -64,6 +64,7 @@ class Request:
     num_prefilled: int = 0  # prompt positions in the cache
     num_cached_positions: int = 0  # of these, found in the prefix cache
     num_preemptions: int = 0
+    num_frames_in_flight: int = 0  # of decode steps that have begun, not recorded yet
     num_real_frames_sent: int = 0
     num_delayed_frames_sent: int = 0
     queued_time: float = 0.0
@@ -127,13 +128,13 @@ class Request:
 
     @property
     def num_computed_positions(self) -> int:
-        """Positions whose keys and values have been written."""
-        return self.num_prefilled + max(self.num_frames - 1, 0)
+        """Positions whose keys and values have been written, once the steps under way are done."""
+        return self.num_prefilled + max(self.num_frames - 1, 0) + self.num_frames_in_flight
 
     @property
     def num_slots_needed(self) -> int:
         """Positions that must have a block before the next decode step."""
-        return self.num_prompt_positions + max(self.num_frames, 1)
+        return self.num_prompt_positions + max(self.num_frames, 1) + self.num_frames_in_flight
 
     @property
     def num_unsent_frames(self) -> int:

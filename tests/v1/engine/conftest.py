@@ -20,6 +20,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.messages import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.processor import Processor
+from vllm.v1.worker import worker
 
 # Two layers over the real vocabulary of codes; the tokenizer decides the text vocabulary.
 _SIZES = {
@@ -60,6 +61,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def checkpoint(checkpoints: dict[str, Path]) -> Path:
     return checkpoints["transformers"]
+
+
+@pytest.fixture
+def device_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes decode steps as on a device, those that a CUDA graph would hold, though on a CPU."""
+    monkeypatch.setattr(worker, "_decodes_on_device", lambda device: True)
 
 
 @pytest.fixture(params=["native", "torch"])

@@ -241,8 +241,8 @@ def test_a_failing_step_ends_its_requests_only(
     core = make_core()
     runner = core._executor._worker._runner
     with monkeypatch.context() as patch:
-        step = "_torch_step" if runner._native_step is None else "_native_step"
-        patch.setattr(runner, step, lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+        fail = lambda rows: (_ for _ in ()).throw(RuntimeError("broken"))  # noqa: E731
+        patch.setattr(runner._decoder, "launch", fail)
         failed = run(core, build_request("a"), build_request("b"))
     for name in "ab":
         assert failed.reasons(name) == [FinishReason.ERROR]

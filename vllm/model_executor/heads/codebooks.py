@@ -1,7 +1,8 @@
 """State of K codebook streams under the delay pattern: what may come next, what came, the end.
 
 Everything is a tensor with one row per request, so that a step has no loop over requests or
-codebooks; how codes are drawn from logits is the sampler's business.
+codebooks, and on a device no copy to or from the host, which a CUDA graph could not hold. How
+codes are drawn from logits is the sampler's business.
 
 With ``s`` the frame in which EOS appeared, codebook k of frame f is BOS while f <= k and EOS
 from f - s >= k + lag on. Two rules differ in three points:
@@ -43,8 +44,10 @@ _EOS_ALLOWED = 4  # frame from which codebook 0 may emit EOS
 _ANY_ALLOWED = 5  # 1: BOS anywhere and EOS in any codebook
 _NUM_COUNTERS = 6
 
-_STRICT_START = (0, _NEVER, 0, _NEVER, 2, 0)  # from frame 2 on: at least one frame of sound
-_REFERENCE_START = (0, _NEVER, 1, _NEVER, 0, 1)
+_STARTS: dict[EosRule, tuple[int, ...]] = {
+    "strict": (0, _NEVER, 0, _NEVER, 2, 0),  # from frame 2 on: at least one frame of sound
+    "reference": (0, _NEVER, 1, _NEVER, 0, 1),
+}
 
 
 class FrameStatus(IntEnum):
@@ -95,6 +98,7 @@ class CodebookState:
         self._history = torch.full(
             (max_num_rows, MAX_RAS_WINDOW, num_codebooks), -1, dtype=torch.int16, device=device
         )  # [max_num_rows, MAX_RAS_WINDOW, num_codebooks], ring; -1 where BOS, EOS or nothing
+        self._starts = {rule: torch.tensor(start, device=device) for rule, start in _STARTS.items()}
         self._codebook = torch.arange(num_codebooks, device=device)
         self._age = torch.arange(MAX_RAS_WINDOW, device=device)
 
@@ -124,10 +128,9 @@ class CodebookState:
             eos_rule: see ``SamplingParams``.
             frame_limit: delayed frames, BOS frame included, at which the row is cut.
         """
-        start = list(_REFERENCE_START if eos_rule == "reference" else _STRICT_START)
+        self._counters[row] = self._starts[eos_rule]
         if frame_limit is not None:
-            start[_FRAME_LIMIT] = frame_limit
-        self._counters[row] = torch.tensor(start)
+            self._counters[row, _FRAME_LIMIT] = frame_limit
         self._history[row] = -1
 
     def save_row(self, row: int) -> RowSnapshot:
@@ -154,7 +157,8 @@ class CodebookState:
         counters = self._counters[rows]
         index, eos_turn = counters[:, _NUM_FRAMES], counters[:, _EOS_TURN]
         in_ramp_down = (index - eos_turn)[:, None] >= self._codebook
-        forced = torch.where(in_ramp_down, self.pattern.eos, _FREE)
+        forced = torch.full(in_ramp_down.shape, _FREE, device=rows.device)
+        forced.masked_fill_(in_ramp_down, self.pattern.eos)
         forced.masked_fill_(index[:, None] <= self._codebook, self.pattern.bos)
         allow_bos = counters[:, _ANY_ALLOWED:] > 0
         allow_eos = (index >= counters[:, _EOS_ALLOWED])[:, None] & (self._codebook == 0)
@@ -185,12 +189,12 @@ class CodebookState:
         has_ended = is_eos.all(-1)
         self._remember(rows, index, frames, is_eos)
 
-        turn = torch.where(is_eos.any(-1), index + counters[:, _EOS_LAG], _NEVER)
+        turn = (index + counters[:, _EOS_LAG]).masked_fill_(~is_eos.any(-1), _NEVER)
         counters[:, _EOS_TURN].clamp_(max=turn)
         index += 1  # a view: the counter itself
         self._counters[rows] = counters
         is_full = index >= counters[:, _FRAME_LIMIT]
-        status = torch.where(has_ended, int(FrameStatus.STOPPED), is_full * FrameStatus.LIMIT)
+        status = (is_full * FrameStatus.LIMIT).masked_fill_(has_ended, FrameStatus.STOPPED)
         return status.to(torch.uint8)
 
     def _remember(self, rows: Tensor, index: Tensor, frames: Tensor, is_eos: Tensor) -> None:

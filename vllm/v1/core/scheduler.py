@@ -63,7 +63,9 @@ class Scheduler:
     """Continuous batching with separate, coalesced prefill steps and preemption by swapping.
 
     One step is ``schedule``, the worker, ``update_from_output``, in this order. Requests may be
-    added and finished at any time between two of these calls.
+    added and finished at any time between two of these calls. The worker may hold the frames of a
+    decode step back and hand them out with the output of a later step, in the order of the steps;
+    until then they count as made, which is one page early at most.
 
     Rules:
         * A decode step makes one frame of every running request, unless ``RowTurns`` says that
@@ -224,6 +226,8 @@ class Scheduler:
             self._plan_prefill(plan)
         self._last_step_was_prefill = bool(plan.prefill)
         decode = () if plan.prefill else self._decoding_ids()
+        for request_id in decode:
+            self._running[request_id].num_frames_in_flight += 1
         step = SchedulerOutput(
             step_kind=_step_kind(plan, decode),
             new=tuple(plan.new),
@@ -371,7 +375,7 @@ class Scheduler:
         self, plan: SchedulerOutput, output: ModelRunnerOutput
     ) -> list[EngineCoreOutput]:
         """Record what a step made; returns new audio and ends, also those since the last call."""
-        if plan.decode:
+        if output.frames is not None:
             self._row_turns.record(self._clock() - self._step_start_time)
         for request_id, error in output.errors.items():
             self.finish_requests((request_id,), FinishReason.ERROR, error)
@@ -400,13 +404,13 @@ class Scheduler:
         assert len(output.request_ids) == output.frames.shape[0] == output.finish.shape[0]
         codes = np.ascontiguousarray(output.frames, np.int16).tobytes()
         width = len(codes) // max(len(output.request_ids), 1)
-        running = self._running
         for row, request_id in enumerate(output.request_ids):
-            request = running.get(request_id)
+            request = self._requests.get(request_id)  # running, or swapped out since
             if request is not None:
+                request.num_frames_in_flight -= 1
                 request.append_frame(codes[row * width : (row + 1) * width])
         for row in np.flatnonzero(output.finish).tolist():
-            request = running.get(output.request_ids[row])
+            request = self._requests.get(output.request_ids[row])
             if request is not None:
                 by_eos = output.finish[row] == _ENDED_BY_EOS
                 self._end_generation(request, FinishReason.STOP if by_eos else request.limit_reason)

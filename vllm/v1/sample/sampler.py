@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm.kernels.philox import Purpose, uniform
 from vllm.model_executor.framing import DelayPattern
-from vllm.model_executor.heads import NextFrame
+from vllm.model_executor.heads import CodebookState, NextFrame
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops import (
     apply_ras_penalty,
@@ -31,6 +31,14 @@ class Sampler:
 
     def __init__(self, pattern: DelayPattern) -> None:
         self._pattern = pattern
+
+    def next_frames(
+        self, logits: Tensor, rows: Tensor, metadata: SamplingMetadata, state: CodebookState
+    ) -> Tensor:
+        """As a call, with what ``rows`` may emit and have emitted taken from their ``state``."""
+        width = metadata.history_width
+        history = state.recent(rows, width) if width else None
+        return self(logits, metadata, state.next_frame(rows), history)
 
     def __call__(
         self,

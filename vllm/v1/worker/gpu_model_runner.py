@@ -6,8 +6,10 @@ name is history: the same runner works on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm.forward_context import set_forward_context
-from vllm.kernels.attention import DecodeMetadata, PrefillMetadata, PrefillSequence
+from vllm.kernels.attention import PrefillMetadata, PrefillSequence
 from vllm.kernels.cache import clear_blocks
 from vllm.logger import get_logger
 from vllm.model_executor.framing import DelayFraming
@@ -25,6 +27,7 @@ from vllm.v1.core.sched_output import NewRequestData, SchedulerOutput, StepKind
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.codec_runner import CodecRunner
+from vllm.v1.worker.decoder import Decoder, FrameGetter, RowOwners
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.model_state import ModelState, PromptSlice
 
@@ -59,21 +62,44 @@ class _Swapped:
 class _DecodeBatch:
     """What stays the same while the same requests are decoded."""
 
+    planned: tuple[str, ...]  # request ids, maybe with some that have ended
+    owners: tuple[_Running, ...]  # [num_reqs]
+    request_ids: tuple[str, ...]  # [num_reqs]
+    rows: NDArray[np.int64]  # [num_reqs]
+
+    @classmethod
+    def of(cls, planned: tuple[str, ...], owners: tuple[_Running, ...]) -> _DecodeBatch:
+        request_ids = tuple(running.data.request_id for running in owners)
+        rows = np.array([running.row for running in owners], np.int64)
+        return cls(planned, owners, request_ids, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class _Frames:
+    """What a decode step made, for the requests that still own their rows."""
+
     request_ids: tuple[str, ...]
-    row_ids: tuple[int, ...]  # [num_reqs]
-    rows: NDArray[np.int64]  # [num_reqs], the same
+    frames: NDArray[np.int16]  # [num_reqs, num_codebooks]
+    status: NDArray[np.uint8]  # [num_reqs]
 
 
 class GPUModelRunner:
     """Executes the scheduler's steps.
 
+    A decoder that works ahead still has a step under way when ``execute_model`` returns, and its
+    frames come with the output of a later call. Whoever has lost the row by then, because the
+    step before ended it or the scheduler did, gets nothing of them.
+
     Args:
         model: loaded, on ``device``.
-        state: per-row state of the model's family, on ``device``.
+        state: per-row state of the model's family, on ``device``, one row more than ``max_num_seqs``.
         codec: decodes frames beside the steps.
-        kv_caches: one per layer, [2, num_blocks, num_kv_heads, block_size, head_dim].
+        kv_caches: one per layer, [2, num_blocks + 1, num_kv_heads, block_size, head_dim], for
+            ``num_blocks`` that the scheduler knows of.
+        make_decoder: makes what takes decode steps.
+        has_mirrors: it reads block tables of the device's own, see ``BlockTable``.
         block_size: positions per block.
-        max_num_seqs: rows there are.
+        max_num_seqs: rows that requests can own.
         device: of model, state and caches.
     """
 
@@ -84,6 +110,8 @@ class GPUModelRunner:
         codec: CodecRunner,
         kv_caches: Sequence[Tensor],
         *,
+        make_decoder: Callable[[RowOwners], Decoder],
+        has_mirrors: bool,
         block_size: int,
         max_num_seqs: int,
         device: torch.device,
@@ -96,13 +124,24 @@ class GPUModelRunner:
         self._device = device
         max_blocks = -(-model.spec.max_model_len // block_size)
         self._batch = InputBatch(max_num_seqs, model.spec.codebook_size, device)
-        self._block_table = BlockTable(max_num_seqs, max_blocks, device)
+        self._block_table = BlockTable(
+            max_num_seqs + 1, max_blocks, device, is_mirrored=has_mirrors
+        )
         self._requests: dict[str, _Running] = {}  # req_id -> owner of a row
         self._swapped: dict[str, _Swapped] = {}  # req_id -> what lies on the host
         self._num_positions = np.zeros(max_num_seqs, np.int64)  # [rows], keys and values written
         self._decode_batch: _DecodeBatch | None = None
-        self._native_step = state.native_step(
-            kv_caches, self._block_table.host, self._num_positions, self._batch.sampling_memory
+        self._in_flight: deque[tuple[_DecodeBatch, FrameGetter]] = deque()  # oldest first
+        self._decoder = make_decoder(
+            RowOwners(
+                model=model,
+                state=state,
+                kv_caches=kv_caches,
+                block_size=block_size,
+                block_table=self._block_table,
+                batch=self._batch,
+                positions=self._num_positions,
+            )
         )
         # Frames on their way to the codec, and the number of them at which a window is due.
         shape = (max_num_seqs, _PENDING_FRAMES, state.num_codebooks)
@@ -119,30 +158,41 @@ class GPUModelRunner:
             wait_s: how long an idle step may wait for the codec.
 
         Returns:
-            Frames of the decoded requests, and whatever the codec has ready.
+            Frames of the step, or of an earlier one, and whatever the codec has ready.
         """
-        self._update_states(plan)
-        frames, status = None, None
+        made: list[_Frames] = []
         errors: dict[str, str] = {}
         try:
+            if plan.swap_out:  # what leaves must be whole
+                made += self._take_frames(0)
+            self._update_states(plan)
             if plan.step_kind is StepKind.PREFILL:
                 self._prefill(plan)
             elif plan.step_kind is StepKind.DECODE:
-                frames, status = self._decode(plan.decode)
+                self._launch(plan.decode)
+            is_decode = plan.step_kind is StepKind.DECODE
+            made += self._take_frames(self._decoder.depth - 1 if is_decode else 0)
         except Exception as error:
             # One step, one tensor program: all of its requests share the failure, no other does.
             logger.exception("a %s step failed", plan.step_kind)
-            affected = (*(chunk.request_id for chunk in plan.prefill), *plan.decode)
+            launched = [each for batch, _ in self._in_flight for each in batch.request_ids]
+            self._in_flight.clear()
+            affected = (*(chunk.request_id for chunk in plan.prefill), *plan.decode, *launched)
             errors = dict.fromkeys(affected, f"the step failed: {error}")
         results = self._codec.poll(wait_s if plan.step_kind is StepKind.IDLE else 0.0)
         return ModelRunnerOutput(
-            request_ids=plan.decode if frames is not None else (),
-            frames=frames,
-            finish=status,
+            request_ids=tuple(each for part in made for each in part.request_ids),
+            frames=np.concatenate([part.frames for part in made]) if made else None,
+            finish=np.concatenate([part.status for part in made]) if made else None,
             errors=errors,
             chunks=tuple(results.chunks),
             clips=tuple(results.clips),
         )
+
+    def warm_up(self) -> None:
+        """Do whatever must not happen in the first steps."""
+        with torch.inference_mode():
+            self._decoder.warm_up()
 
     def has_codec_work(self) -> bool:
         """Whether audio or an encoded clip will come without another step."""
@@ -167,7 +217,8 @@ class GPUModelRunner:
         for data in plan.new:
             self._add(data)
         for request_id, block_ids in plan.new_blocks.items():
-            self._block_table.append(self._requests[request_id].row, block_ids)
+            if request_id in self._requests:
+                self._block_table.append(self._requests[request_id].row, block_ids)
         self._clear_new_blocks(plan)
 
     def _clear_new_blocks(self, plan: SchedulerOutput) -> None:
@@ -195,7 +246,9 @@ class GPUModelRunner:
 
     def _take_row(self, data: NewRequestData) -> int:
         self._decode_batch = None
-        return self._batch.add_request(data.request_id, data.sampling_params, data.seed)
+        row = self._batch.add_request(data.request_id, data.sampling_params, data.seed)
+        self._decoder.enter(row)
+        return row
 
     def _release_row(self, request_id: str) -> _Running:
         self._decode_batch = None
@@ -212,6 +265,8 @@ class GPUModelRunner:
             self._release_row(request_id)
 
     def _swap_out(self, request_id: str, block_ids: Sequence[int]) -> None:
+        if request_id not in self._requests:
+            return  # it ended in a step whose frames the scheduler does not have yet
         row = self._requests[request_id].row
         ids = torch.tensor(block_ids, dtype=torch.int64, device=self._device)
         self._swapped[request_id] = _Swapped(
@@ -264,58 +319,48 @@ class GPUModelRunner:
 
     # Decode: one frame per request
 
-    def _decode(self, request_ids: tuple[str, ...]) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+    def _launch(self, request_ids: tuple[str, ...]) -> None:
         batch = self._prepare_decode(request_ids)
-        if self._native_step is not None:
-            frames, status = self._native_step(batch.rows)
-        else:
-            frames, status = self._torch_step(batch)
-        self._num_positions[batch.rows] += 1
-        self._collect(batch, frames, status)
-        return frames, status
+        if batch.owners:
+            self._in_flight.append((batch, self._decoder.launch(batch.rows)))
+            self._num_positions[batch.rows] += 1
 
     def _prepare_decode(self, request_ids: tuple[str, ...]) -> _DecodeBatch:
         """Rows, kept from the last step while nothing changed."""
         batch = self._decode_batch
-        if batch is None or batch.request_ids != request_ids:
-            rows = tuple(self._requests[request_id].row for request_id in request_ids)
-            batch = _DecodeBatch(request_ids, rows, np.asarray(rows, np.int64))
-            self._decode_batch = batch
+        if batch is None or batch.planned != request_ids:
+            # Without those that the scheduler does not know to have ended.
+            known = (self._requests.get(request_id) for request_id in request_ids)
+            owners = tuple(running for running in known if running is not None)
+            batch = self._decode_batch = _DecodeBatch.of(request_ids, owners)
         return batch
 
-    def _torch_step(self, batch: _DecodeBatch) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-        sampling = self._batch.sampling_metadata(batch.row_ids)
-        metadata = self._decode_metadata(sampling.rows, self._num_positions[batch.rows])
-        hidden = self._state.embed_last_content(sampling.rows)
-        with set_forward_context(metadata, self._kv_caches):
-            hidden = self._model.forward(hidden, metadata.context_lens - 1, 0)
-        content = self._state.next_content(hidden, sampling.rows, sampling)
-        return _to_host(content.frames, content.status)
-
-    def _decode_metadata(self, rows: Tensor, positions: NDArray[np.int64]) -> DecodeMetadata:
-        max_context_len = int(positions.max()) + 1
-        tables = self._block_table.rows(rows, -(-max_context_len // self._block_size))
-        last = torch.from_numpy(positions).to(self._device)
-        blocks = tables.gather(1, (last // self._block_size)[:, None])[:, 0]
-        return DecodeMetadata(
-            slot_mapping=blocks * self._block_size + last % self._block_size,
-            block_tables=tables,
-            context_lens=last + 1,
-            max_context_len=max_context_len,
-        )
+    def _take_frames(self, num_kept: int) -> list[_Frames]:
+        """Frames of the oldest steps, until no more than ``num_kept`` are under way."""
+        made = []
+        while len(self._in_flight) > num_kept:
+            batch, get_frames = self._in_flight.popleft()
+            frames, status = get_frames()
+            if batch is not self._decode_batch:  # rows may have changed hands since
+                owns = [self._requests.get(r.data.request_id) is r for r in batch.owners]
+                batch = _DecodeBatch.of(batch.planned, tuple(compress(batch.owners, owns)))
+                frames, status = frames[owns], status[owns]
+            made.append(self._collect(batch, frames, status))
+        return made
 
     # Frames to the codec, a window's worth at a time
 
     def _collect(
         self, batch: _DecodeBatch, frames: NDArray[np.int16], status: NDArray[np.uint8]
-    ) -> None:
+    ) -> _Frames:
         """Keep the new frames, and pass on those of rows that have ended or have a window due."""
         rows = batch.rows
         self._pending[rows, self._num_pending[rows]] = frames
         self._num_pending[rows] += 1
         due = (status != 0) | (self._num_pending[rows] >= self._num_due[rows])
         for index in np.flatnonzero(due).tolist():
-            self._push(self._requests[batch.request_ids[index]], int(status[index]))
+            self._push(batch.owners[index], int(status[index]))
+        return _Frames(batch.request_ids, frames, status)
 
     def _push(self, running: _Running, status: int) -> None:
         row = running.row
@@ -335,10 +380,3 @@ class GPUModelRunner:
         is_first = num_frames == 0
         lag = self._state.num_codebooks - 1 if is_first else 0
         return min(missing + lag, _PENDING_FRAMES)
-
-
-def _to_host(frames: Tensor, status: Tensor) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-    """The one copy of a step: frames and finish codes, packed."""
-    packed = torch.cat([frames.to(torch.int16), status[:, None].to(torch.int16)], dim=1)
-    host = packed.cpu().numpy()
-    return host[:, :-1], host[:, -1].astype(np.uint8)

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm.kernels.decode_step import DecoderRows, DecodeStep, can_decode
-from vllm.kernels.sampler import SamplingMemory
+from vllm.kernels.sampler import DeviceSampler, SamplingMemory
 from vllm.model_executor.framing import DelayFraming, DelayPattern
 from vllm.model_executor.heads import CodebookState
 from vllm.model_executor.models.interface import SpeechModel
+from vllm.platforms import copy_to_device
 from vllm.v1.core.sched_output import NewRequestData
-from vllm.v1.sample import Sampler, SamplingMetadata
+from vllm.v1.sample import FrameSampler, Sampler, SamplingMetadata, TorchDeviceSampler
 
 __all__ = ["CodebookModelState", "ModelState", "NextContent", "PromptSlice", "SortedRows"]
 
@@ -99,6 +100,14 @@ class ModelState(Protocol):
         """
         ...
 
+    def device_sampler(self, positions: Tensor) -> FrameSampler:
+        """What draws frames in steps that a device takes by itself.
+
+        Args:
+            positions: int64 [max_num_rows], on the device, see ``kernels.sampler.DeviceSampler``.
+        """
+        ...
+
     def make_framing(self) -> DelayFraming:
         """What turns one request's frames into codec frames."""
         ...
@@ -124,6 +133,7 @@ class CodebookModelState:
         self._pattern = DelayPattern(spec.num_codebooks, spec.stream_bos_id, spec.stream_eos_id)
         self._head = CodebookState(self._pattern, max_num_rows, device)
         self._sampler = Sampler(self._pattern)
+        self._row_ids = torch.arange(max_num_rows, device=device)
 
     @property
     def num_codebooks(self) -> int:
@@ -135,7 +145,7 @@ class CodebookModelState:
             eos_rule=request.sampling_params.eos_rule,
             frame_limit=request.frame_limit,
         )
-        self._head.start(torch.tensor([row], device=self._device))
+        self._head.start(self._row_ids[row : row + 1])
 
     def save_row(self, row: int) -> Any:
         return self._head.save_row(row)
@@ -168,11 +178,13 @@ class CodebookModelState:
 
     def next_content(self, hidden: Tensor, rows: Tensor, metadata: SamplingMetadata) -> NextContent:
         logits = self._model.audio_logits(hidden)
-        next_frame = self._head.next_frame(rows)
-        width = metadata.history_width
-        history = self._head.recent(rows, width) if width else None
-        frames = self._sampler(logits, metadata, next_frame, history)
+        frames = self._sampler.next_frames(logits, rows, metadata, self._head)
         return NextContent(frames, self._head.advance(rows, frames))
+
+    def device_sampler(self, positions: Tensor) -> FrameSampler:
+        if positions.is_cuda:
+            return DeviceSampler(self._head.memory, positions)
+        return TorchDeviceSampler(self._head, positions)
 
     def native_step(
         self,
@@ -205,7 +217,7 @@ class CodebookModelState:
         return np.full(self._pattern.num_codebooks, self._pattern.bos, np.int16)
 
     def _to_device(self, values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(self._device)
+        return copy_to_device(np.ascontiguousarray(values, np.int64), self._device)
 
 
 def _gather_prompt(

@@ -23,6 +23,9 @@ from vllm.platforms import num_cores, select_platform
 from vllm.v1.core.sched_output import SchedulerOutput
 from vllm.v1.outputs import CodecStats, ModelRunnerOutput
 from vllm.v1.worker.codec_runner import CodecRunner
+from vllm.v1.worker.cuda_graphs import CudaGraphs, NoGraphs
+from vllm.v1.worker.decoder import HostDecoder, RowOwners
+from vllm.v1.worker.device_decoder import DeviceDecoder
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.memory import KVBudget, num_kv_blocks
 from vllm.v1.worker.model_state import CodebookModelState
@@ -100,6 +103,7 @@ class Worker:
             num_threads=max(1, num_threads // 2),  # the rest is for the model's steps
         )
         self._runner = self._make_runner()
+        self._runner.warm_up()
 
     @property
     def info(self) -> WorkerInfo:
@@ -189,25 +193,38 @@ class Worker:
     def _make_runner(self) -> GPUModelRunner:
         spec, block_size = self._model.spec, self._config.cache.block_size
         device = self._platform.device
+        # One block and one row more than there are, for rows that pad a batch.
         kv_caches = allocate_kv_caches(
             spec.num_layers,
-            self._num_kv_blocks,
+            self._num_kv_blocks + 1,
             block_size,
             spec.num_kv_heads,
             spec.head_dim,
             dtype=spec.dtype,
             device=device,
         )
-        state = CodebookModelState(self._model, self._max_num_seqs, device)
+        has_mirrors = _decodes_on_device(device)
         return GPUModelRunner(
             self._model,
-            state,
+            CodebookModelState(self._model, self._max_num_seqs + 1, device),
             self._codec_runner,
             kv_caches,
+            make_decoder=self._make_device_decoder if has_mirrors else HostDecoder,
+            has_mirrors=has_mirrors,
             block_size=block_size,
             max_num_seqs=self._max_num_seqs,
             device=device,
         )
+
+    def _make_device_decoder(self, owners: RowOwners) -> DeviceDecoder:
+        device = self._platform.device
+        uses_graphs = self._platform.is_cuda and not self._config.device.enforce_eager
+        graphs = CudaGraphs(device) if uses_graphs else NoGraphs()
+        return DeviceDecoder(owners, device=device, graphs=graphs)
+
+
+def _decodes_on_device(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _check_fit(model: SpeechModel, codec: Codec) -> None:

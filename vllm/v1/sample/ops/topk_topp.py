@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["TopKTopP", "apply_top_k_top_p", "top_k_top_p"]
+__all__ = ["NO_TOP_P", "TopKTopP", "apply_top_k_top_p", "top_k_top_p"]
 
-_NO_TOP_P = 2.0  # a mass that no prefix reaches
+NO_TOP_P = 2.0  # a mass that no prefix reaches
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def top_k_top_p(
     """
     top_k = np.where((top_k < 1) | (top_k > vocab_size), vocab_size, top_k)
     top_k = np.where(is_greedy, 1, top_k)  # what is drawn there is not used
-    top_p = np.where((top_p >= 1) | is_greedy, np.float32(_NO_TOP_P), top_p)
+    top_p = np.where((top_p >= 1) | is_greedy, np.float32(NO_TOP_P), top_p)
     has_top_p = bool((top_p < 1).any())
     if not has_top_p and (top_k == vocab_size).all():
         return None
