@@ -113,13 +113,17 @@ def _from_torch(numbers: torch.Tensor, dtype: Any) -> Any:
 
 
 def _create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, _: Any) -> Any:
-    """Products in the accumulator's type; the interpreter's own take bfloat16 for integers."""
-    operands = [
-        x.data if x.dtype.scalar.is_int() else _to_torch(x.data, x.dtype.scalar).numpy()
-        for x in (a, b)
-    ]
-    product = np.matmul(*operands, dtype=d.data.dtype)
-    return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+    """Products in the accumulator's type; the interpreter's own take bfloat16 for integers.
+
+    Floats are summed in float64, in which the order hardly counts: BLAS has one of its own for each
+    place that a row may have among the others, which a card's product does not.
+    """
+    if a.dtype.scalar.is_int():
+        product = np.matmul(a.data, b.data, dtype=d.data.dtype) + d.data
+    else:
+        x, y = (_to_torch(each.data, each.dtype.scalar).numpy().astype(float) for each in (a, b))
+        product = (np.matmul(x, y) + d.data).astype(d.data.dtype)
+    return interpreter.TensorHandle(product, d.dtype.scalar)
 
 
 def _binary_op(self: Any, lhs: Any, rhs: Any, operation: Any) -> Any:

@@ -157,7 +157,7 @@ def _compile(compile_offline, arch, dtype, cache_dtype, *, pdl=False):
     )
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [80, 90])
 def test_compiles_with_pipelined_loads_and_tensor_cores(compile_offline, arch):
     assert _compile(compile_offline, arch, "bf16", "bf16").faults(contains=("LDGSTS", "HMMA")) == []
 
@@ -170,7 +170,7 @@ def test_compiles_to_wait_for_the_kernel_before(compile_offline):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp16", "fp32", "fp8e4nv"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp8e4nv"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_for_every_number_type(compile_offline, arch, dtype):
     if dtype == "fp8e4nv" and arch == 80:

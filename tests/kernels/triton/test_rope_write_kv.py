@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from vllm.kernels import reference
-from vllm.kernels.triton.offline import ARCHITECTURES
 from vllm.kernels.triton.rope_write_kv import rope_write_kv
 
 NUM_POSITIONS = 64
@@ -51,7 +50,7 @@ def test_equals_the_reference(device, dtype, cache_dtype, heads):
     )
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [80, 90])
 def test_compiles_without_spills(compile_offline, arch):
     compiled = compile_offline(
         "vllm.kernels.triton.rope_write_kv:rope_write_kv_kernel",
