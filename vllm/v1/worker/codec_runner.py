@@ -26,12 +26,12 @@ from vllm.v1.outputs import AudioChunk, CodecStats, EncodedClip
 if TYPE_CHECKING:
     from vllm.model_executor.codecs.interface import Codec
 
-__all__ = ["CodecResults", "CodecRunner"]
+__all__ = ["MAX_CUDA_BATCH", "CodecResults", "CodecRunner"]
 
 logger = get_logger(__name__)
 
 _SILENCE_MEAN_SQUARE = 1e-6  # -60 dBFS
-_MAX_CUDA_BATCH = 32
+MAX_CUDA_BATCH = 32  # windows
 _PATIENCE_S = 10.0  # for which a window may stand behind others that are due sooner
 _CLIP_PATIENCE_S = 1.0  # the same for clips: somebody waits for first audio
 
@@ -83,7 +83,7 @@ class CodecRunner:
         self._encoder = _ClipEncoder(codec, self._device, clip_cache or ClipCache())
         self._codec = codec
         self._plan = WindowPlan(codec.context_frames, ramp)
-        self._max_batch = _MAX_CUDA_BATCH if self._device.type == "cuda" else 1
+        self._max_batch = MAX_CUDA_BATCH if self._device.type == "cuda" else 1
         # Everything below is guarded by this lock, which no torch operation holds.
         self._changed = threading.Condition()
         self._streams: dict[str, _Stream] = {}  # request_id -> state, until its last chunk

@@ -22,12 +22,12 @@ from vllm.model_executor.models import SpeechModel, load_model
 from vllm.platforms import num_cores, select_platform
 from vllm.v1.core.sched_output import SchedulerOutput
 from vllm.v1.outputs import CodecStats, ModelRunnerOutput
-from vllm.v1.worker.codec_runner import CodecRunner
-from vllm.v1.worker.cuda_graphs import CudaGraphs, NoGraphs
+from vllm.v1.worker.codec_runner import MAX_CUDA_BATCH, CodecRunner
+from vllm.v1.worker.cuda_graphs import CudaGraphs, NoGraphs, batch_buckets, context_tiers
 from vllm.v1.worker.decoder import HostDecoder, RowOwners
 from vllm.v1.worker.device_decoder import DeviceDecoder
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-from vllm.v1.worker.memory import KVBudget, num_kv_blocks
+from vllm.v1.worker.memory import CardMemory, KVBudget, StepSizes, num_kv_blocks
 from vllm.v1.worker.model_state import CodebookModelState
 
 __all__ = ["Worker", "WorkerInfo"]
@@ -94,8 +94,8 @@ class Worker:
         _check_fit(self._model, codec)
         self._prepare_invariance()
         self._max_num_seqs = config.scheduler.max_num_seqs or _MAX_NUM_SEQS[device.type]
-        self._num_kv_blocks = num_kv_blocks(self._kv_budget())
         self._codec = codec
+        self._num_kv_blocks = num_kv_blocks(self._kv_budget())
         self._codec_runner = CodecRunner(
             codec,
             ramp=config.audio.stream_ramp,
@@ -173,22 +173,38 @@ class Worker:
 
     def _kv_budget(self) -> KVBudget:
         cache = self._config.cache
-        return KVBudget(
-            bytes_per_block=self._model.spec.kv_bytes_per_position * cache.block_size,
-            block_size=cache.block_size,
-            max_model_len=self._config.model.max_model_len,
-            max_num_seqs=self._max_num_seqs,
-            requested_bytes=cache.kv_cache_memory,
-            available_bytes=self._available_bytes(),
-        )
-
-    def _available_bytes(self) -> int:
-        """Bytes that weights and codec leave of the share that the engine may use."""
-        memory = self._platform.memory()
+        sizes = {
+            "bytes_per_block": self._model.spec.kv_bytes_per_position * cache.block_size,
+            "block_size": cache.block_size,
+            "max_model_len": self._config.model.max_model_len,
+            "max_num_seqs": self._max_num_seqs,
+            "requested_bytes": cache.kv_cache_memory,
+        }
         if not self._platform.is_cuda:
-            return memory.free_bytes
-        used = memory.total_bytes - memory.free_bytes
-        return int(memory.total_bytes * self._config.cache.gpu_memory_utilization) - used
+            return KVBudget.of_host(self._platform.memory().free_bytes, **sizes)
+        memory = self._card_memory()
+        logger.info("memory: %s for the KV cache", memory.arithmetic)
+        return KVBudget.of_card(memory, **sizes)
+
+    def _card_memory(self) -> CardMemory:
+        spec, codec, config = self._model.spec, self._codec, self._config
+        buckets, tiers = batch_buckets(self._max_num_seqs), context_tiers(spec.max_model_len)
+        num_frames = max(config.audio.stream_ramp) + 2 * codec.context_frames
+        torch.cuda.empty_cache()
+        memory = self._platform.memory()
+        return CardMemory(
+            total_bytes=memory.total_bytes,
+            utilization=config.cache.gpu_memory_utilization,
+            used_bytes=memory.total_bytes - memory.free_bytes,
+            sizes=StepSizes(
+                num_graphs=0 if config.device.enforce_eager else len(buckets) * len(tiers),
+                max_rows=max(config.scheduler.max_num_batched_tokens, self._max_num_seqs),
+                widest_row=self._model.largest_matrix // spec.hidden_size,
+                bytes_per_number=spec.dtype.itemsize,
+                codec_batch=MAX_CUDA_BATCH,
+                codec_samples=num_frames * codec.hop_length,
+            ),
+        )
 
     def _make_runner(self) -> GPUModelRunner:
         spec, block_size = self._model.spec, self._config.cache.block_size
