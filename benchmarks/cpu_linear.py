@@ -25,7 +25,7 @@ from benchmarks._report import format_table, write_json
 from benchmarks._timing import CLOCKS, interleave, ratio
 from vllm.kernels import native
 from vllm.kernels.linear import linear, pack_weight
-from vllm.kernels.packed_linear import PackedMatrix
+from vllm.kernels.packed_linear import PACKED_FORMATS, PackedMatrix
 from vllm.kernels.quantize import QuantizedWeight, WeightFormat, quantize
 
 NUM_BYTES = {"cache": 4 << 20, "memory": 512 << 20}  # of float32 weights
@@ -51,7 +51,7 @@ def measure(
         "torch float32": lambda: [linear(x, each, 1) for each in packed],
         "reading": _reader(where),
     }
-    for weight_format in WeightFormat:
+    for weight_format in PACKED_FORMATS:
         matrices = [PackedMatrix(in_format(weight, weight_format)) for _ in range(num_copies)]
         num_bytes[str(weight_format)] = matrices[0].num_bytes
         rivals[str(weight_format)] = lambda each=matrices: [matrix(x) for matrix in each]

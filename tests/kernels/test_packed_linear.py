@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm.kernels import native, reference
-from vllm.kernels.packed_linear import InputNorm, PackedMatrix
+from vllm.kernels.packed_linear import PACKED_FORMATS, InputNorm, PackedMatrix
 from vllm.kernels.quantize import QuantizedWeight, WeightFormat, quantize, quantize_rows
 from vllm.kernels.rms_norm import rms_norm
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     native.loaded_library() is None, reason="the native library is not built"
 )
 
-FORMATS = list(WeightFormat)
+FORMATS = list(PACKED_FORMATS)
 # Inputs become the same integers on both sides, so only the rounding of sums is left. Those of int8
 # are integers, those of int4 too but for the scales of their groups.
 TOLERANCE = {

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm.kernels.quantize import WeightFormat, quantize, quantized_linear
+from vllm.kernels.quantize import WeightFormat, quantize, quantized_linear, weight_only_linear
 
-QUANTIZED = [WeightFormat.INT8, WeightFormat.INT4]
+QUANTIZED = [WeightFormat.INT8, WeightFormat.INT4, WeightFormat.FP8]
 
 
 @settings(deadline=None, max_examples=40)
@@ -66,6 +66,31 @@ def test_bfloat16_weights_are_taken() -> None:
 def test_int4_needs_whole_groups() -> None:
     with pytest.raises(ValueError, match="groups of 32, not 40"):
         quantize(torch.randn(2, 40), WeightFormat.INT4)
+
+
+def test_fp8_is_off_by_one_part_in_sixteen_at_most() -> None:
+    weight = torch.randn(50, 256) * 2.0 ** torch.randint(-6, 1, (50, 256))
+    fp8 = quantize(weight, WeightFormat.FP8)
+    assert fp8.values.dtype == torch.float8_e4m3fn
+    error = (fp8.dequantize() - weight).abs()
+    # Numbers below 2**-6 of a unit of the scale are fixed-point.
+    assert (error <= weight.abs() / 16 * 1.01 + fp8.scales[:, None] * 2.0**-10).all()
+
+
+@pytest.mark.parametrize(("weight_format", "limit"), [("int8", 0.01), ("fp8", 0.04)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weight_only_products_are_near_those_of_the_weight(
+    weight_format: str, limit: float, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 256, dtype=dtype), torch.randn(50, 256)
+    quantized = quantize(weight, WeightFormat(weight_format))
+    actual = weight_only_linear(x, quantized)
+    assert actual.dtype == dtype
+    exact = x.float() @ weight.T
+    assert (actual.float() - exact).norm() / exact.norm() < limit
+    expected = x.double() @ quantized.dequantize().double().T
+    assert (actual - expected).norm() / expected.norm() < 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize(("weight_format", "limit"), [("int8", 0.02), ("int4", 0.15)])

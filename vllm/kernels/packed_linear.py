@@ -14,7 +14,15 @@ from torch import Tensor
 from vllm.kernels import native
 from vllm.kernels.quantize import QuantizedWeight, WeightFormat
 
-__all__ = ["InputNorm", "PackedMatrix"]
+__all__ = ["PACKED_FORMATS", "InputNorm", "PackedMatrix"]
+
+# In the order of the native library.
+PACKED_FORMATS = (
+    WeightFormat.FLOAT32,
+    WeightFormat.BFLOAT16,
+    WeightFormat.INT8,
+    WeightFormat.INT4,
+)
 
 _FORMAT_OF_DTYPE = {
     torch.float32: WeightFormat.FLOAT32,
@@ -56,7 +64,7 @@ class PackedMatrix:
         self._lib = lib
         self.handle: int | None = lib.hav_linear_create(
             native.pool(),
-            list(WeightFormat).index(self.format),
+            PACKED_FORMATS.index(self.format),
             num_outputs,
             self.num_inputs,
             values.data_ptr(),

@@ -3,8 +3,10 @@
     int8   one float32 scale per output; weight = integer * scale, integers -127 .. 127
     int4   one bfloat16 scale per output and group of 32 inputs, integers -8 .. 7; two to a byte,
            the even input in the low half, plus 8
+    fp8    one float32 scale per output; weight = e4m3 * scale, e4m3 up to 448
 
-Inputs of a product become int8 with one scale per row. Knows no layer and no file.
+On the CPU, inputs of a product become int8 with one scale per row. On CUDA they stay as they are,
+int4 is not there, and fp8 is nowhere else. Knows no layer and no file.
 """
 
 from __future__ import annotations
@@ -24,19 +26,23 @@ __all__ = [
     "quantize",
     "quantize_rows",
     "quantized_linear",
+    "weight_only_linear",
 ]
 
 INT4_GROUP_SIZE = 32  # inputs that share a scale
+_LARGEST_INT8 = 127
+_LARGEST_FP8 = 448
 _SMALLEST_SCALE = 2.0**-100  # so that a row of zeros divides by something
 
 
 class WeightFormat(StrEnum):
-    """How a matrix is held; the order is that of the native library."""
+    """How a matrix is held."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     INT8 = "int8"
     INT4 = "int4"
+    FP8 = "fp8"
 
 
 def head_format(body: WeightFormat | None) -> WeightFormat | None:
@@ -46,14 +52,15 @@ def head_format(body: WeightFormat | None) -> WeightFormat | None:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A matrix [num_outputs, num_inputs] of int8 or int4."""
+    """A matrix [num_outputs, num_inputs] of int8, int4 or fp8."""
 
     format: WeightFormat
-    values: Tensor  # int8 [num_outputs, num_inputs] or uint8 [num_outputs, num_inputs / 2]
+    # int8 or float8_e4m3fn [num_outputs, num_inputs], or uint8 [num_outputs, num_inputs / 2]
+    values: Tensor
     scales: Tensor  # float32 [num_outputs] or bfloat16 [num_outputs, num_inputs / 32]
 
     def __post_init__(self) -> None:
-        assert self.format in (WeightFormat.INT8, WeightFormat.INT4)
+        assert self.format in (WeightFormat.INT8, WeightFormat.INT4, WeightFormat.FP8)
         assert self.values.dim() == 2
 
     @property
@@ -64,23 +71,27 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """The matrix that products are made with: float32 [num_outputs, num_inputs]."""
-        if self.format is WeightFormat.INT8:
+        if self.format is not WeightFormat.INT4:
             return self.values.float() * self.scales[:, None]
         grouped = _grouped(_unpack_nibbles(self.values).float())
         return (grouped * self.scales.float()[:, :, None]).flatten(1)
 
 
 def quantize(weight: Tensor, weight_format: WeightFormat) -> QuantizedWeight:
-    """``weight`` [num_outputs, num_inputs], of any floating type, rounded to int8 or int4.
+    """``weight`` [num_outputs, num_inputs], of any floating type, rounded to int8, int4 or fp8.
 
     What was rounded once stays as it is: quantising the dequantised float32 gives it again.
     Inputs of int4 must be a multiple of 32; ``ValueError`` otherwise.
     """
     weight = weight.float()
     if weight_format is WeightFormat.INT8:
-        scales = _int8_scales(weight)
-        values = (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-        return QuantizedWeight(weight_format, values, scales)
+        scales = _output_scales(weight, _LARGEST_INT8)
+        values = (weight / scales[:, None]).round_().clamp_(-_LARGEST_INT8, _LARGEST_INT8)
+        return QuantizedWeight(weight_format, values.to(torch.int8), scales)
+    if weight_format is WeightFormat.FP8:
+        scales = _output_scales(weight, _LARGEST_FP8)
+        values = (weight / scales[:, None]).clamp_(-_LARGEST_FP8, _LARGEST_FP8)
+        return QuantizedWeight(weight_format, values.to(torch.float8_e4m3fn), scales)
     if weight.shape[1] % INT4_GROUP_SIZE:
         raise ValueError(f"int4 needs inputs in groups of {INT4_GROUP_SIZE}, not {weight.shape[1]}")
     grouped = _grouped(weight)
@@ -112,9 +123,19 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     return F.linear(rounded, weight.dequantize()).mul_(scales)
 
 
-def _int8_scales(weight: Tensor) -> Tensor:
-    """Scales [M] of rows [M, K], with so few bits that 127 times a scale is exact."""
-    scales = (weight.abs().amax(1) / 127).clamp_(min=_SMALLEST_SCALE)
+def weight_only_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """``x`` [N, K] times the transpose of ``weight`` [M, K] of int8 or fp8: [N, M] like ``x``.
+
+    Values of both formats are exact in every type of input, so scales are what is rounded.
+    """
+    assert weight.format is not WeightFormat.INT4
+    product = F.linear(x, weight.values.to(x.dtype))
+    return (product.float() * weight.scales).to(x.dtype)
+
+
+def _output_scales(weight: Tensor, largest: int) -> Tensor:
+    """Scales [M] of rows [M, K], with so few bits that ``largest`` times a scale is exact."""
+    scales = (weight.abs().amax(1) / largest).clamp_(min=_SMALLEST_SCALE)
     mantissa, exponent = torch.frexp(scales)
     return torch.ldexp((mantissa * 2**16).round_(), exponent - 16)
 
