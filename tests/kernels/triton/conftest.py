@@ -67,6 +67,7 @@ def _corrected_interpreter() -> Iterator[None]:
         patch.setattr(interpreter, "_patch_lang_tensor", _patch_lang_tensor)
         patch.setattr(builder, "create_dot", _create_dot)
         patch.setattr(builder, "binary_op", _binary_op)
+        patch.setattr(builder, "create_si_to_fp", _create_si_to_fp)
         yield
 
 
@@ -110,6 +111,12 @@ def _from_torch(numbers: torch.Tensor, dtype: Any) -> Any:
         array = numbers.to(as_float).view(as_bits).numpy()
         return array.view(np.uint16 if bits is np.int16 else np.uint8)
     return numbers.numpy().astype(np.float16 if dtype == tl.float16 else np.float32)
+
+
+def _create_si_to_fp(self: Any, value: Any, target: Any) -> Any:
+    """Integers as floats; the interpreter's own leave them as the bits of small ones."""
+    numbers = torch.from_numpy(value.data.astype(np.float32))
+    return interpreter.TensorHandle(_from_torch(numbers, target.scalar), target.scalar)
 
 
 def _create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, _: Any) -> Any:

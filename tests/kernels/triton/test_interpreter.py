@@ -55,6 +55,14 @@ def test_casts_round_to_nearest_even_and_come_back(dtype: torch.dtype) -> None:
     assert torch.equal(back, target.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_integers_become_floats(dtype: torch.dtype) -> None:
+    source = torch.arange(-128, 128, dtype=torch.int8)
+    target = torch.empty(256, dtype=dtype)
+    _cast[(1,)](source, target, SIZE=256)
+    assert target.tolist() == source.tolist()
+
+
 def test_casts_to_eight_bits_saturate() -> None:
     target = torch.empty(2, dtype=torch.float8_e4m3fn)
     _cast[(1,)](torch.tensor([1e4, -1e4]), target, SIZE=2)
