@@ -33,20 +33,26 @@ from vllm.kernels import native
 from vllm.v1.core.sched_output import StepKind
 from vllm.v1.engine.core import EngineCore
 
+# Of an engine with such weights; whatever is not here is a quantisation.
+_OPTIONS: dict[str, dict[str, str]] = {
+    "torch": {},
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+
 
 class Stepper:
     """Rows in the middle of their utterances, whose next step can be taken again and again."""
 
     def __init__(self, checkpoint: Path, path: str, batch_size: int, num_threads: int) -> None:
         self._is_native = path != "torch"
-        options = {} if path in ("torch", "float32") else {"quantization": path}
         with self._switch():
             self._core = make_core(
                 checkpoint,
                 decodes_audio=False,
                 max_num_seqs=batch_size,
                 cpu_threads=num_threads,
-                **options,
+                **_OPTIONS.get(path, {"quantization": path}),
             )
             self._runner = self._core._executor._worker._runner  # type: ignore[attr-defined]
             self._decoder = self._runner._decoder
@@ -60,6 +66,16 @@ class Stepper:
             return
         with self._switch():
             self._decoder._step(self._batch.rows)
+
+    def num_weight_bytes(self) -> tuple[int, int]:
+        """Bytes of matrices that a native step of one row reads: of its layers, and of the head."""
+        weights, _ = self._runner._native_step._kept
+        layers = sum(
+            matrix.num_bytes
+            for layer in weights.layers
+            for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        )
+        return layers, weights.head.num_bytes
 
     def shutdown(self) -> None:
         self._core.shutdown()

@@ -10,7 +10,8 @@ Keys are taken in tiles that start at fixed positions of their own sequence:
 
 Every matrix product has the shape of one tile, and a masked tile contributes exact zeros, so a
 longer neighbour, a chunk boundary or a prefix hit changes no bit. Where the native library serves,
-it takes one row at a time over the same tiles instead. Knows no model and no request.
+it takes one row at a time over the same tiles instead. On CUDA the rotation and the write to the
+pages are part of it (``FusedPlan``). Knows no model and no request.
 """
 
 from __future__ import annotations
@@ -26,15 +27,20 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vllm.kernels import native
 from vllm.kernels.cache import cache_rows, slots_of_positions
-from vllm.kernels.decode_attention import attend_rows, can_attend
+from vllm.kernels.decode_attention import attend_rows, can_attend, rope_write_attend
+from vllm.kernels.prefill_attention import PrefillTiles, plan_tiles, rope_attend
+from vllm.kernels.rope_write_kv import rope_write_kv
 
 __all__ = [
     "KEY_TILE",
     "AttentionMetadata",
     "AttentionPlan",
     "DecodeMetadata",
+    "FusedPlan",
     "PrefillMetadata",
     "PrefillSequence",
+    "fused_attention",
+    "fused_write",
     "paged_attention",
     "plan_attention",
 ]
@@ -125,6 +131,17 @@ class _Sight:
 
 
 @dataclass(frozen=True, eq=False)
+class FusedPlan:
+    """A step whose rows are rotated and written where they are attended to."""
+
+    slots: Tensor  # int64 [N]
+    sight: _Sight
+    tiles: PrefillTiles | None  # of a prefill
+    max_context_len: int  # of a decode step
+    arrivals: Tensor  # int32 [N * num_kv_heads], zeros
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionPlan:
     """Everything about a step's attention that all layers share, worked out once."""
 
@@ -132,10 +149,16 @@ class AttentionPlan:
     written_rows: Tensor  # int64 [N * 2 * num_kv_heads], where keys and values are stored
     parts: tuple[_Part, ...]  # none where the library attends
     sight: _Sight | None  # for the library
+    # Instead of all of the above: layers call ``fused_attention`` with the tables of all positions'
+    # angles, and not ``write_kv`` and ``paged_attention`` with rotated rows.
+    fused: FusedPlan | None = None
 
 
 def plan_attention(metadata: AttentionMetadata, cache: Tensor) -> AttentionPlan:
     """Prepare a step from its metadata and any layer's cache."""
+    if _is_fused(cache):
+        fused = _plan_fused(metadata, cache)
+        return AttentionPlan(len(fused.slots), fused.slots, parts=(), sight=None, fused=fused)
     is_native = _is_native(cache)
     return AttentionPlan(
         num_rows=metadata.slot_mapping.shape[0],
@@ -169,10 +192,79 @@ def paged_attention(query: Tensor, cache: Tensor, plan: AttentionPlan, scale: fl
     return output
 
 
+def fused_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    signed_sin: Tensor,
+    cache: Tensor,
+    plan: FusedPlan,
+    num_heads: int,
+    scale: float,
+) -> Tensor:
+    """Rotate the step's rows, store their keys and values, and attend.
+
+    Args:
+        qkv: [N, (num_heads + 2 * num_kv_heads) * head_dim], contiguous; may be rotated in place.
+        cos, signed_sin: of all positions, each [num_positions, 1, head_dim].
+        cache: [2, num_blocks, num_kv_heads, block_size, head_dim].
+        plan: of this step.
+        num_heads: of the queries.
+        scale: factor on the scores.
+
+    Returns:
+        [N, num_heads * head_dim]. Rows beyond those of the plan are padding and come back as zeros.
+    """
+    rows, sight = qkv[: len(plan.slots)], plan.sight
+    if plan.tiles is None:
+        context = rope_write_attend(
+            *(rows, cos, signed_sin, cache, sight.block_tables, sight.tables, sight.positions),
+            *(num_heads, scale),
+            max_context_len=plan.max_context_len,
+            arrivals=plan.arrivals,
+        )
+    else:
+        fused_write(qkv, cos, signed_sin, cache, plan, num_heads)
+        context = rope_attend(rows, cos, signed_sin, cache, plan.tiles, num_heads, scale)
+    return _pad(context, qkv)
+
+
+def fused_write(
+    qkv: Tensor, cos: Tensor, signed_sin: Tensor, cache: Tensor, plan: FusedPlan, num_heads: int
+) -> None:
+    """The part of ``fused_attention`` that later steps need: rotated keys, and values."""
+    rows = qkv[: len(plan.slots)]
+    rope_write_kv(rows, cos, signed_sin, cache, plan.slots, plan.sight.positions, num_heads)
+
+
+def _is_fused(cache: Tensor) -> bool:
+    head_dim = cache.shape[-1]
+    return cache.is_cuda and head_dim >= 16 and head_dim.bit_count() == 1
+
+
+def _plan_fused(metadata: AttentionMetadata, cache: Tensor) -> FusedPlan:
+    if isinstance(metadata, DecodeMetadata):
+        tiles, max_context_len = None, metadata.max_context_len
+    else:
+        max_context_len = 0
+        tiles = plan_tiles(
+            [each.rows for each in metadata.sequences],
+            [each.block_table for each in metadata.sequences],
+            [each.start for each in metadata.sequences],
+        )
+    slots = metadata.slot_mapping
+    return FusedPlan(
+        slots=slots,
+        sight=_see(metadata),
+        tiles=tiles,
+        max_context_len=max_context_len,
+        arrivals=torch.zeros(len(slots) * cache.shape[2], dtype=torch.int32, device=slots.device),
+    )
+
+
 def _pad(context: Tensor, query: Tensor) -> Tensor:
     """``context`` with rows of zeros up to the number of ``query``'s."""
     missing = query.shape[0] - context.shape[0]
-    return F.pad(context, (0, 0, 0, 0, 0, missing)) if missing else context
+    return F.pad(context, (0, 0) * (context.dim() - 1) + (0, missing)) if missing else context
 
 
 def _is_native(cache: Tensor) -> bool:
@@ -185,13 +277,15 @@ def _is_native(cache: Tensor) -> bool:
 
 def _see(metadata: AttentionMetadata) -> _Sight:
     if isinstance(metadata, DecodeMetadata):
-        rows = torch.arange(len(metadata.context_lens))
+        rows = torch.arange(len(metadata.context_lens), device=metadata.context_lens.device)
         return _Sight(metadata.block_tables.contiguous(), rows, metadata.context_lens - 1)
     tables = torch.empty_like(metadata.slot_mapping)
     positions = torch.empty_like(metadata.slot_mapping)
     for index, each in enumerate(metadata.sequences):
         tables[each.rows] = index
-        positions[each.rows] = torch.arange(each.start, each.start + each.length)
+        positions[each.rows] = torch.arange(
+            each.start, each.start + each.length, device=positions.device
+        )
     block_tables = [each.block_table for each in metadata.sequences]
     return _Sight(pad_sequence(block_tables, batch_first=True).contiguous(), tables, positions)
 

@@ -125,6 +125,9 @@ def rope_write_attend(
     positions: Tensor,
     num_heads: int,
     scale: float,
+    *,
+    max_context_len: int | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new position for each of N sequences, which is written to the cache first.
 
@@ -141,6 +144,7 @@ def rope_write_attend(
         positions: int64 [N], the new position of each; not natively: -1 for padding.
         num_heads: of the queries.
         scale: factor on the scores.
+        max_context_len, arrivals: for CUDA, see ``triton/decode_attention.py``.
 
     Returns:
         [N, num_heads * head_dim], each row alone in its bits; undefined for padding.
@@ -149,7 +153,9 @@ def rope_write_attend(
     if qkv.is_cuda:
         from vllm.kernels.triton import decode_attention as on_cuda
 
-        return on_cuda.rope_write_attend(*arguments)
+        return on_cuda.rope_write_attend(
+            *arguments, max_context_len=max_context_len, arrivals=arrivals
+        )
     lib = native.loaded_library()
     if lib is None or not can_attend(cache.dtype, cache.shape[4]):
         return reference.rope_write_attend(*arguments)

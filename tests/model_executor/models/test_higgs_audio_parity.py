@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vllm.forward_context import set_forward_context
+from vllm.kernels import attention, native
 from vllm.kernels import linear as linear_kernel
-from vllm.kernels import native
 from vllm.kernels.attention import DecodeMetadata, PrefillMetadata, PrefillSequence
 from vllm.kernels.cache import allocate_kv_caches, clear_blocks
 from vllm.model_executor.models import load_model
@@ -101,6 +101,13 @@ def inference():
         yield
 
 
+@pytest.fixture(params=["in parts", "fused"])
+def attention_form(request, monkeypatch):
+    """Attention as on a CPU, and as on CUDA with the operations that stand for it on a CPU."""
+    if request.param == "fused":
+        monkeypatch.setattr(attention, "_is_fused", lambda cache: True)
+
+
 def reference_hidden(folder, sequence):
     transformers = pytest.importorskip("transformers")
     network = transformers.HiggsAudioV2ForConditionalGeneration.from_pretrained(
@@ -120,7 +127,9 @@ def reference_hidden(folder, sequence):
 
 
 @pytest.mark.parametrize("layout", ["boson", "transformers"])
-def test_prefill_and_cached_decode_give_transformers_logits(checkpoint_folders, models, layout):
+def test_prefill_and_cached_decode_give_transformers_logits(
+    checkpoint_folders, models, layout, attention_form
+):
     model = models[layout]
     sequence = Sequence(model.spec, seed=0)
     expected_audio, expected_text = reference_hidden(checkpoint_folders["transformers"], sequence)
@@ -173,7 +182,7 @@ def test_packed_prefill_has_the_bits_of_solo_prefill_in_any_order(model):
         assert all(torch.equal(packed[at], solo[i]) for at, i in enumerate(order))
 
 
-def test_filling_the_cache_stores_what_a_forward_pass_stores(model):
+def test_filling_the_cache_stores_what_a_forward_pass_stores(model, attention_form):
     sequence, tables = Sequence(model.spec, seed=4), block_tables(1)
 
     class Filler:

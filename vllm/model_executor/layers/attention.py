@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm.kernels.attention import AttentionPlan, paged_attention
+from vllm.kernels.attention import AttentionPlan, fused_attention, fused_write, paged_attention
 from vllm.kernels.cache import write_kv
 from vllm.kernels.reference import apply_rope
 from vllm.model_executor.layers.layer import Layer
@@ -48,25 +48,36 @@ class SelfAttention(Layer):
 
         Args as of ``store``.
         """
-        queries = self.store(x, rotary, cache, plan)
-        context = paged_attention(queries, cache, plan, self._scale)
-        output: Tensor = self.output(context.flatten(1))
+        if plan.fused is not None:
+            qkv: Tensor = self.qkv(x)
+            context = fused_attention(qkv, *rotary, cache, plan.fused, self._num_heads, self._scale)
+        else:
+            queries = self._rotate_and_store(x, rotary, cache, plan)
+            context = paged_attention(queries, cache, plan, self._scale).flatten(1)
+        output: Tensor = self.output(context)
         return output
 
     def store(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Tensor, plan: AttentionPlan
-    ) -> Tensor:
+    ) -> None:
         """Store this step's keys and values.
 
         Args:
             x: [N, hidden_size]; rows beyond the plan's are padding.
-            rotary: cosines and signed sines of the rows, each [N, 1, head_dim].
+            rotary: cosines and signed sines of the rows, each [N, 1, head_dim]; of all positions
+                where the plan is a fused one.
             cache: of this layer, [2, num_blocks, num_kv_heads, block_size, head_dim].
             plan: of this step.
-
-        Returns:
-            Rotated queries, [N, num_heads, head_dim].
         """
+        if plan.fused is not None:
+            fused_write(self.qkv(x), *rotary, cache, plan.fused, self._num_heads)
+        else:
+            self._rotate_and_store(x, rotary, cache, plan)
+
+    def _rotate_and_store(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Tensor, plan: AttentionPlan
+    ) -> Tensor:
+        """Rotated queries [N, num_heads, head_dim]; keys and values are in their pages."""
         heads: Tensor = self.qkv(x).view(x.shape[0], -1, self._head_dim)
         rotated = heads[:, : self._num_heads + self._num_kv_heads]
         rotated.copy_(apply_rope(rotated, *rotary))

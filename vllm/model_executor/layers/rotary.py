@@ -60,6 +60,11 @@ class RotaryTable(Layer):
         self.register_buffer("cos", cosines, persistent=False)
         self.register_buffer("signed_sin", signed_sines, persistent=False)
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of all positions."""
+        return self.cos, self.signed_sin
+
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [N] -> cosines and signed sines, each [N, 1, head_dim]."""
         return self.cos.index_select(0, positions), self.signed_sin.index_select(0, positions)

@@ -203,7 +203,7 @@ class HiggsAudioModel(nn.Module):
             positions = torch.cat([positions, positions.new_zeros(num_padding)])
         if num_text_rows == num_rows:
             num_text_rows += num_padding
-        rotary = self.rotary(positions)
+        rotary = self.rotary(positions) if plan.fused is None else self.rotary.tables
         return _Step(hidden, rotary, num_text_rows, plan, context.kv_caches)
 
     def audio_logits(self, hidden: Tensor) -> Tensor:
@@ -269,7 +269,7 @@ class _Step(NamedTuple):
     """What all layers share in one step."""
 
     hidden: Tensor  # [N + padding, hidden_size], input of the first layer
-    rotary: tuple[Tensor, Tensor]
+    rotary: tuple[Tensor, Tensor]  # as ``SelfAttention.store`` takes them
     num_text_rows: int
     plan: AttentionPlan
     caches: Sequence[Tensor]
