@@ -57,13 +57,15 @@ def measure_divergence(
     """Let ``exact`` speak ``num_frames`` frames after a prompt, and compare.
 
     Args:
-        exact, rounded: two models of one architecture on the CPU.
-        text_ids: int64 [N], the prompt.
+        exact, rounded: two models of one architecture on one device.
+        text_ids: int64 [N], the prompt, on that device.
         num_frames: at least 1; frames are drawn at temperature 1, stream marks left out.
         seed: of the drawing.
     """
     generator = torch.Generator().manual_seed(seed)
-    teacher, pupil = (_Speaker(model, len(text_ids) + num_frames) for model in (exact, rounded))
+    teacher, pupil = (
+        _Speaker(model, len(text_ids) + num_frames, text_ids.device) for model in (exact, rounded)
+    )
     expected, actual = teacher.read(text_ids), pupil.read(text_ids)
     columns: list[tuple[Tensor, Tensor, Tensor]] = []
     for _ in range(num_frames):
@@ -77,10 +79,11 @@ def measure_divergence(
 class _Speaker:
     """One model with a cache of its own, which takes one sequence."""
 
-    def __init__(self, model: SpeechModel, max_positions: int) -> None:
+    def __init__(self, model: SpeechModel, max_positions: int, device: torch.device) -> None:
         spec = model.spec
         num_blocks = -(-max_positions // _BLOCK_SIZE)
         self._model = model
+        self._device = device
         self._caches = allocate_kv_caches(
             spec.num_layers,
             num_blocks,
@@ -88,15 +91,16 @@ class _Speaker:
             spec.num_kv_heads,
             spec.head_dim,
             dtype=spec.dtype,
+            device=device,
         )
         clear_blocks(self._caches, range(num_blocks))
-        self._blocks = torch.arange(num_blocks)
+        self._blocks = torch.arange(num_blocks, device=device)
         self._length = 0
 
     def read(self, text_ids: Tensor) -> Tensor:
         """Logits [num_codebooks, codes] after a prompt."""
         num_rows = len(text_ids)
-        rows = torch.arange(num_rows)
+        rows = torch.arange(num_rows, device=self._device)
         sequence = PrefillSequence(rows, self._blocks, start=0, length=num_rows)
         metadata = PrefillMetadata.build([sequence], _BLOCK_SIZE)
         with set_forward_context(metadata, self._caches):
@@ -106,18 +110,20 @@ class _Speaker:
 
     def hear(self, codes: Tensor) -> Tensor:
         """Logits [num_codebooks, codes] after one more frame, int64 [num_codebooks]."""
-        position = torch.tensor([self._length])
+        position = torch.tensor([self._length], device=self._device)
         self._length += 1
         metadata = DecodeMetadata.build(self._blocks[None], [self._length], _BLOCK_SIZE)
         with set_forward_context(metadata, self._caches):
-            hidden = self._model.forward(self._model.embed_codes(codes[None]), position, 0)
+            embedded = self._model.embed_codes(codes[None].to(self._device))
+            hidden = self._model.forward(embedded, position, 0)
         return self._codes(hidden)
 
     def _codes(self, hidden: Tensor) -> Tensor:
-        """Logits of the codes alone: the stream's BOS and EOS are the last two."""
+        """Logits of the codes alone, on the CPU: the stream's BOS and EOS are the last two."""
         spec = self._model.spec
         marks = [spec.stream_bos_id, spec.stream_eos_id]
-        return self._model.audio_logits(hidden)[0].index_fill(-1, torch.tensor(marks), -1e4)
+        logits = self._model.audio_logits(hidden)[0].cpu()
+        return logits.index_fill(-1, torch.tensor(marks), -1e4)
 
 
 def _figures(expected: Tensor, actual: Tensor, noise: Tensor) -> Divergence:

@@ -7,7 +7,7 @@ stop at once nor never. Training is not done here.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +22,7 @@ from vllm.checkpoints.make_tokenizer import PUBLISHED_FIRST_SPECIAL_ID, make_tok
 from vllm.exceptions import CheckpointError
 from vllm.model_executor.models.higgs_audio import HiggsAudioModel, boson_tensor_name
 
-__all__ = ["SIZES", "make_model", "write_checkpoint", "write_configuration"]
+__all__ = ["SIZES", "make_model", "random_tensors", "write_checkpoint", "write_configuration"]
 
 SIZES = ("tiny", "medium", "3b")
 
@@ -81,6 +81,7 @@ def make_model(
     size: str = "tiny",
     config: HiggsAudioConfig | None = None,
     seed: int = 0,
+    with_weights: bool = True,
 ) -> HiggsAudioConfig:
     """Write a random generation model with everything that loading it needs.
 
@@ -90,6 +91,7 @@ def make_model(
         size: tiny, medium, 3b, or the path of a ``config.json`` in either layout.
         config: sizes of the network instead of ``size``; its ids are replaced by the tokenizer's.
         seed: equal seeds give equal files.
+        with_weights: write the weights too; ``random_tensors`` makes some that need no disk.
 
     Returns:
         The configuration written.
@@ -100,8 +102,21 @@ def make_model(
     template = config or _template(size)
     config = _with_tokenizer(folder, replace(template, layout=layout))
     raw = write_configuration(folder, config)
-    _write_weights(folder, config, seed)
+    if with_weights:
+        _write_weights(folder, config, seed)
     return HiggsAudioConfig.from_dict(raw)
+
+
+def random_tensors(
+    config: HiggsAudioConfig, *, device: torch.device, seed: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """Weights of such a model one by one, float32, drawn on ``device`` by transformers' names.
+
+    Of the same kind as those of ``make_model``, but other numbers wherever the device is no CPU.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, shape in _tensor_shapes(config).items():
+        yield name, _random_tensor(name, shape, config, generator)
 
 
 def write_configuration(folder: Path, config: HiggsAudioConfig) -> dict[str, Any]:
@@ -304,9 +319,7 @@ def _write_weights(folder: Path, config: HiggsAudioConfig, seed: int) -> None:
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(
         config.dtype or "", torch.float32
     )
-    with torch.device("meta"):
-        network = HiggsAudioModel(config, dtype=dtype, max_model_len=1, with_text_head=True)
-    shapes = {name: target.shape for name, target in network.targets().items()}
+    shapes = _tensor_shapes(config)
     shards = _plan_shards(shapes, dtype.itemsize)
     generator = torch.Generator().manual_seed(seed)
     weight_map: dict[str, str] = {}  # tensor -> file
@@ -329,6 +342,13 @@ def _write_weights(folder: Path, config: HiggsAudioConfig, seed: int) -> None:
         _write_json(folder / "model.safetensors.index.json", index)
 
 
+def _tensor_shapes(config: HiggsAudioConfig) -> dict[str, torch.Size]:
+    """Every tensor of a checkpoint by transformers' names, the text head included."""
+    with torch.device("meta"):
+        network = HiggsAudioModel(config, dtype=torch.float32, max_model_len=1, with_text_head=True)
+    return {name: target.shape for name, target in network.targets().items()}
+
+
 def _plan_shards(shapes: Mapping[str, torch.Size], itemsize: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     num_bytes = 0
@@ -349,7 +369,7 @@ def _spelled(name: str, layout: CheckpointLayout) -> str:
 def _random_tensor(
     name: str, shape: torch.Size, config: HiggsAudioConfig, generator: torch.Generator
 ) -> Tensor:
-    tensor = torch.randn(shape, generator=generator)
+    tensor = torch.randn(shape, generator=generator, device=generator.device)
     if len(shape) == 1:
         return tensor.mul_(_NORM_STD).add_(1.0)
     if name == "audio_lm_head.weight":

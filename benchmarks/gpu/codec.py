@@ -1,0 +1,81 @@
+"""Section ``codec``: windows of frames to samples, in each type, beside what the layers cost."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.gpu.clock import seconds_per_call
+from benchmarks.gpu.floors import Work
+from benchmarks.gpu.suite import Suite
+from vllm.model_executor.codecs import load_codec
+from vllm.model_executor.codecs.interface import Codec
+from vllm.model_executor.codecs.streaming import DEFAULT_RAMP
+
+__all__ = ["run"]
+
+_MIN_SNR_DB = 60.0
+
+
+def run(suite: Suite) -> None:
+    """Seconds of windows of the ramp by batch; exact streaming; how far half precision is off."""
+    exact = load_codec(suite.folder / "codec", device=suite.device)
+    codecs = {"fp32": exact}
+    if suite.is_cuda:
+        codecs["fp16"] = load_codec(suite.folder / "codec", device=suite.device).half()
+        _signal_to_noise(suite, exact, codecs["fp16"])
+    ramp = (DEFAULT_RAMP[0], DEFAULT_RAMP[-1])
+    cases = itertools.product(codecs, suite.scale.codec_batches, ramp)
+    for name, batch, num_new in suite.in_time(cases):
+        _window(suite, name, codecs[name], batch, num_new)
+
+
+def _window(suite: Suite, name: str, codec: Codec, batch: int, num_new: int) -> None:
+    context = codec.context_frames
+    codes = _codes(suite, batch, num_new + 2 * context)
+
+    def decode() -> object:
+        return codec.decode_part(codes, context, context + num_new)
+
+    with torch.inference_mode():
+        seconds = seconds_per_call([decode], suite.device, num_rounds=suite.scale.num_rounds)
+    audio_s = batch * num_new / codec.frame_rate
+    # The floor counts the new frames alone: context is what exactness costs, not what audio does.
+    operations = audio_s * operations_per_audio_s(suite)
+    weights = sum(each.numel() * each.element_size() for each in codec.parameters())
+    suite.add(
+        f"codec {name}, {batch} x {num_new} frames",
+        seconds * 1e3,
+        "ms",
+        work=Work(weights, operations),
+        note=f"{audio_s / seconds:,.0f} times real time",
+    )
+
+
+def operations_per_audio_s(suite: Suite) -> float:
+    """Operations of a second of audio, counted by torch without computing them."""
+    if "codec_operations" not in suite.extras:
+        codec = load_codec(suite.folder / "codec", device="cpu")
+        num_frames = 2 * round(codec.frame_rate)
+        codes = torch.zeros(1, codec.num_codebooks, num_frames, dtype=torch.int64, device="meta")
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            codec.to("meta").decode(codes)
+        suite.extras["codec_operations"] = counter.get_total_flops() / 2
+    return float(suite.extras["codec_operations"])
+
+
+def _signal_to_noise(suite: Suite, exact: Codec, half: Codec) -> None:
+    codes = _codes(suite, 1, 100)
+    with torch.inference_mode():
+        signal = exact.decode(codes).float()
+        error = half.decode(codes).float() - signal
+    snr = 10 * torch.log10(signal.square().mean() / error.square().mean()).item()
+    name = "codec fp16 against fp32"
+    suite.add(name, snr, "dB", note=f"at least {_MIN_SNR_DB:g}", is_wrong=not snr >= _MIN_SNR_DB)
+
+
+def _codes(suite: Suite, batch: int, num_frames: int) -> torch.Tensor:
+    shape = (batch, suite.config.num_codebooks, num_frames)
+    return torch.randint(suite.config.stream_bos_id, shape, device=suite.device)

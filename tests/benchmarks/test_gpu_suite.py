@@ -1,0 +1,106 @@
+"""The GPU script runs all of its logic at toy sizes, with no more than a bare CUDA image has."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import floors
+from benchmarks.gpu.floors import ASSUMED_H200
+from benchmarks.gpu.ledger import TARGETS, Figure, Ledger
+from benchmarks.gpu.suite import FULL
+from vllm.checkpoints.make_model import make_model
+
+# What serves HTTP, decodes files and draws: none of it may be needed.
+ABSENT = (
+    *("av", "boto3", "fastapi", "httpx", "huggingface_hub", "matplotlib", "msgspec", "pandas"),
+    *("prometheus_client", "psutil", "pydantic", "scipy", "soxr", "starlette", "tqdm"),
+    *("transformers", "uvicorn", "zmq"),
+)
+
+
+def run_suite(repo_root: Path, target: Path, *sections: str) -> tuple[str, dict]:
+    code = (
+        f"import sys\nfor name in {ABSENT!r}: sys.modules[name] = None\n"
+        "from benchmarks.gpu_suite import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "--device", "cpu", "--tiny", "--json", str(target)]
+    command += ["--plot", str(target.with_suffix(".png")), "--sections", *sections]
+    done = subprocess.run(
+        command, cwd=repo_root, capture_output=True, text=True, timeout=110, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(target.read_text(encoding="utf-8"))
+
+
+def test_runs_without_a_gpu_and_without_server_packages(tmp_path: Path, repo_root: Path) -> None:
+    printed, written = run_suite(repo_root, tmp_path / "out.json", "ceilings", "engine")
+    assert printed.splitlines()[-1].startswith("RAN: toy sizes")
+    assert "matplotlib is not installed" in printed
+    names = {figure["name"]: figure for figure in written["figures"]}
+    assert names["first audio p95, 1 stream, cached voice"]["ratio"] > 1
+    assert names["streamed audio against one decode, largest difference"]["value"] <= 1e-4
+    assert names["read, sum of float32"]["value"] > 0
+    assert written["failures"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sections",
+    [("correctness", "micro"), ("step", "prefill", "codec"), ("invariance", "--profile")],
+)
+def test_every_section_runs(tmp_path: Path, repo_root: Path, sections: tuple[str, ...]) -> None:
+    _, written = run_suite(repo_root, tmp_path / "out.json", *sections)
+    assert written["failures"] == []
+    measured = {figure["section"] for figure in written["figures"]}
+    assert measured >= {each for each in sections if not each.startswith("--")}
+
+
+def test_floors_are_those_of_the_design(tmp_path: Path) -> None:
+    """Counted from the configuration of the published model: 2.844 G weights, 112 KiB a position."""
+    config = make_model(tmp_path, size=FULL.model, with_weights=False)
+    one = floors.decode_step(config, 1, 800, weight_itemsize=2, kv_itemsize=2)
+    assert one.weight_bytes == pytest.approx(5.688e9, rel=1e-3)
+    assert one.kv_bytes == 800 * 114_688
+    assert one.floor_s(ASSUMED_H200) == pytest.approx(1.34e-3, rel=5e-3)
+    many = floors.decode_step(config, 256, 1500, weight_itemsize=2, kv_itemsize=2)
+    assert many.floor_s(ASSUMED_H200) == pytest.approx(12.1e-3, rel=5e-3)
+    prompt = floors.prefill(config, 300, 300, weight_itemsize=2, kv_itemsize=2)
+    assert prompt.weight_bytes == pytest.approx(9.87e9, rel=5e-3)
+    assert prompt.floor_s(ASSUMED_H200) == pytest.approx(4.3e-3, rel=0.05)
+
+
+def figure(name: str, value: float, *, is_wrong: bool = False) -> Figure:
+    return Figure("step", name, value, "ms", bound=1.0, is_wrong=is_wrong)
+
+
+def test_the_last_line_says_what_was_met_missed_and_left_out() -> None:
+    musts = [each for each in TARGETS if each.must is not None]
+    met = Ledger([figure(each.figure, each.must) for each in musts])
+    assert met.verdict(is_toy=False) == (
+        f"PASS: {len(musts)} of {len(musts)} musts met, 0 missed, 0 not measured",
+        True,
+    )
+
+    missed = Ledger([*met.figures[1:], figure(musts[0].figure, 1e9)])
+    line, is_right = missed.verdict(is_toy=False)
+    assert (line[:4], is_right) == ("FAIL", False)
+
+    line, is_right = Ledger(met.figures[1:]).verdict(is_toy=False)
+    assert (line[:10], is_right) == ("INCOMPLETE", True)
+
+    line, is_right = Ledger([*met.figures, figure("a check", 1, is_wrong=True)]).verdict(
+        is_toy=False
+    )
+    assert line.endswith("; wrong: a check")
+    assert not is_right
+
+
+def test_ratios_are_at_least_one_for_times_and_for_rates() -> None:
+    assert Figure("s", "n", 3.0, "ms", bound=1.5).ratio == 2
+    assert Figure("s", "n", 500.0, "audio-s/s", bound=1000.0).ratio == 2
+    assert Figure("s", "n", 0.0, "").ratio is None
