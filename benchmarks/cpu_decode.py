@@ -69,7 +69,7 @@ class Stepper:
 
     def num_weight_bytes(self) -> tuple[int, int]:
         """Bytes of matrices that a native step of one row reads: of its layers, and of the head."""
-        weights, _ = self._runner._native_step._kept
+        weights, _ = self._decoder._native_step._kept
         layers = sum(
             matrix.num_bytes
             for layer in weights.layers

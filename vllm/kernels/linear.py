@@ -41,7 +41,7 @@ def pad_rows(x: Tensor, quantum: int) -> Tensor:
 def pack_weight(weight: Tensor) -> Tensor:
     """``weight`` [M, K] as ``linear`` multiplies it fastest on its device; maybe the same tensor.
 
-    What comes back may be opaque: only its shape, type and device can be read.
+    On CUDA its rows lie one after the other, as the kernels of ``skinny_linear`` read them. What comes back may be opaque: only its shape, type and device can be read.
     """
     can_pack = (
         weight.device.type == "cpu"
@@ -49,7 +49,7 @@ def pack_weight(weight: Tensor) -> Tensor:
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     )
     if not can_pack:
-        return weight
+        return weight.contiguous() if weight.device.type == "cuda" else weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(
         weight.detach().contiguous(), _PACKED_FOR_ROWS
     )

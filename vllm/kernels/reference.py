@@ -69,7 +69,7 @@ def rope_write_kv(
     block_size, head_dim = cache.shape[3:]
     used = slots >= 0
     slots, positions = slots[used], positions[used]
-    heads = qkv[used].view(len(slots), -1, head_dim)
+    heads = qkv[used].view(len(slots), qkv.shape[1] // head_dim, head_dim)
     keys, values = heads[:, num_heads:].chunk(2, dim=1)
     rotated = apply_rope(keys, cos[positions], signed_sin[positions])
     cache[0, slots // block_size, :, slots % block_size] = rotated.to(cache.dtype)

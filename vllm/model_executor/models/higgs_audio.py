@@ -20,6 +20,7 @@ from vllm.exceptions import CheckpointError
 from vllm.forward_context import get_forward_context
 from vllm.kernels.attention import AttentionPlan, plan_attention
 from vllm.kernels.decode_step import DecoderLayer, DecoderWeights
+from vllm.kernels.fused_step import FusedLayer, FusedWeights
 from vllm.kernels.linear import DEFAULT_ROW_QUANTUM, pad_rows
 from vllm.kernels.quantize import WeightFormat, head_format
 from vllm.model_executor.layers import (
@@ -230,6 +231,19 @@ class HiggsAudioModel(nn.Module):
             codebook_size=self.config.codebook_size,
         )
 
+    def fused_weights(self) -> FusedWeights:
+        layers = [layer for layer in self.layers if isinstance(layer, _DualLayer)]
+        return FusedWeights(
+            embedding=self.audio_embedding.weight,
+            layers=tuple(layer.fused_layer() for layer in layers),
+            norm=self.norm.weight,
+            head=self.audio_head.weight.contiguous(),
+            cos=self.rotary.cos,
+            signed_sin=self.rotary.signed_sin,
+            num_heads=self.config.num_attention_heads,
+            norm_eps=self.config.rms_norm_eps,
+        )
+
     def matrices(self) -> Iterator[Tensor]:
         return (matrix.weight for matrix in self._linears() if matrix.uses_torch)
 
@@ -322,6 +336,17 @@ class _DualLayer(Layer):
             post_norm=self.audio_post_norm.weight,
             gate_up=self.audio_ffn.gate_up.native_matrix(),
             down=self.audio_ffn.down.native_matrix(),
+        )
+
+    def fused_layer(self) -> FusedLayer:
+        """The same for steps that a device takes; packed weights are contiguous there already."""
+        return FusedLayer(
+            input_norm=self.audio_input_norm.weight,
+            qkv=self.attention.qkv.weight.contiguous(),
+            output=self.attention.output.weight.contiguous(),
+            post_norm=self.audio_post_norm.weight,
+            gate_up=self.audio_ffn.gate_up.weight.contiguous(),
+            down=self.audio_ffn.down.weight.contiguous(),
         )
 
     def _normed(self, x: Tensor, num_text_rows: int) -> Tensor:

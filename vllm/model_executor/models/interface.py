@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm.kernels.decode_step import DecoderWeights
+from vllm.kernels.fused_step import FusedWeights
 from vllm.kernels.quantize import WeightFormat
 
 __all__ = ["ModelSpec", "SpeechModel"]
@@ -102,6 +103,10 @@ class SpeechModel(Protocol):
 
     def decoder_weights(self) -> DecoderWeights:
         """For native decode steps; only where ``kernels.decode_step.can_decode``."""
+        ...
+
+    def fused_weights(self) -> FusedWeights:
+        """For steps that a device takes; only where ``kernels.fused_step.can_fuse``."""
         ...
 
     def matrices(self) -> Iterator[Tensor]:

@@ -42,11 +42,19 @@ class DeviceDecoder:
             more than anybody can own; idle rows write there, if they write anything.
         device: of all of it.
         graphs: record the steps.
+        batch_invariant: a row's frames do not depend on the rows beside it.
     """
 
     depth = 2  # one that runs and one that waits
 
-    def __init__(self, owners: RowOwners, *, device: torch.device, graphs: GraphBackend) -> None:
+    def __init__(
+        self,
+        owners: RowOwners,
+        *,
+        device: torch.device,
+        graphs: GraphBackend,
+        batch_invariant: bool,
+    ) -> None:
         spec = owners.model.spec
         max_num_seqs = owners.batch.max_num_reqs
         self._owners = owners
@@ -58,6 +66,12 @@ class DeviceDecoder:
         # Where the last frame of each row goes, int64 [max_num_seqs + 1]; negative for idle rows.
         self._positions = torch.full((max_num_seqs + 1,), -1, device=device)
         self._sampler = owners.state.device_sampler(self._positions)
+        self._fused_step = owners.state.fused_step(
+            owners.kv_caches,
+            owners.block_table.table,
+            max_batch=max_num_seqs,
+            batch_invariant=batch_invariant,
+        )
         # Frame and status of each row of a step, int16 [max_num_seqs, num_codebooks + 1]
         width = owners.state.num_codebooks + 1
         self._result = torch.zeros(max_num_seqs, width, dtype=torch.int16, device=device)
@@ -108,16 +122,25 @@ class DeviceDecoder:
 
     def _step(self, size: StepSize) -> None:
         """The whole step, as operations on the device whose shapes follow from ``size``."""
-        owners = self._owners
         rows = self._rows[: size.num_rows]
         positions = self._positions[rows]
+        if self._fused_step is not None:
+            logits = self._fused_step(rows, positions, size.context_len)
+        else:
+            logits = self._forward(rows, positions, size.context_len)
+        logits = logits.view(size.num_rows, self._result.shape[1] - 1, -1)
+        self._sampler(logits, rows, self._result[: size.num_rows])
+
+    def _forward(self, rows: Tensor, positions: Tensor, context_len: int) -> Tensor:
+        """What the fused step computes, layer by layer."""
+        owners = self._owners
+        hidden = owners.state.embed_last_content(rows)
         written_rows = rows.masked_fill(positions < 0, self._spare_row)
         positions = positions.clamp(min=0)
-        hidden = owners.state.embed_last_content(rows)
-        metadata = self._metadata(written_rows, positions, size.context_len)
+        metadata = self._metadata(written_rows, positions, context_len)
         with set_forward_context(metadata, owners.kv_caches):
             hidden = owners.model.forward(hidden, positions, 0)
-        self._sampler(owners.model.audio_logits(hidden), rows, self._result[: size.num_rows])
+        return owners.model.audio_logits(hidden)
 
     def _metadata(self, rows: Tensor, positions: Tensor, context_len: int) -> DecodeMetadata:
         block_size = self._owners.block_size

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm.kernels.decode_step import DecoderRows, DecodeStep, can_decode
+from vllm.kernels.fused_step import FusedRows, FusedStep, can_fuse
 from vllm.kernels.sampler import DeviceSampler, SamplingMemory
 from vllm.model_executor.framing import DelayFraming, DelayPattern
 from vllm.model_executor.heads import CodebookState
@@ -100,6 +101,26 @@ class ModelState(Protocol):
         """
         ...
 
+    def fused_step(
+        self,
+        kv_caches: Sequence[Tensor],
+        block_tables: Tensor,
+        *,
+        max_batch: int,
+        batch_invariant: bool,
+    ) -> FusedStep | None:
+        """What computes logits in steps that a device takes, in few launches.
+
+        None where ``SpeechModel.forward`` has to.
+
+        Args:
+            kv_caches: one per layer.
+            block_tables: of all rows, int64 [max_num_rows, max_blocks], on the device.
+            max_batch: rows of a step.
+            batch_invariant: a row's logits do not depend on the rows beside it.
+        """
+        ...
+
     def device_sampler(self, positions: Tensor) -> FrameSampler:
         """What draws frames in steps that a device takes by itself.
 
@@ -180,6 +201,24 @@ class CodebookModelState:
         logits = self._model.audio_logits(hidden)
         frames = self._sampler.next_frames(logits, rows, metadata, self._head)
         return NextContent(frames, self._head.advance(rows, frames))
+
+    def fused_step(
+        self,
+        kv_caches: Sequence[Tensor],
+        block_tables: Tensor,
+        *,
+        max_batch: int,
+        batch_invariant: bool,
+    ) -> FusedStep | None:
+        spec = self._model.spec
+        if not can_fuse(self._device, hidden_size=spec.hidden_size, head_dim=spec.head_dim):
+            return None
+        return FusedStep(
+            self._model.fused_weights(),
+            FusedRows(self._head.last_frame, kv_caches, block_tables),
+            max_batch=max_batch,
+            batch_invariant=batch_invariant,
+        )
 
     def device_sampler(self, positions: Tensor) -> FrameSampler:
         if positions.is_cuda:

@@ -236,7 +236,12 @@ class Worker:
         device = self._platform.device
         uses_graphs = self._platform.is_cuda and not self._config.device.enforce_eager
         graphs = CudaGraphs(device) if uses_graphs else NoGraphs()
-        return DeviceDecoder(owners, device=device, graphs=graphs)
+        return DeviceDecoder(
+            owners,
+            device=device,
+            graphs=graphs,
+            batch_invariant=self._config.device.batch_invariant,
+        )
 
 
 def _decodes_on_device(device: torch.device) -> bool:
