@@ -2,10 +2,11 @@
 
 A step is what the runner does for all rows: embedding, layers, heads, sampling with the default
 settings, streams' state. The engines are equal but for who takes the step; each gets the same
-prompts, and is timed at its first steps over and over, so contexts do not grow.
+prompts, and is timed at its first steps over and over, so contexts do not grow. A format is that of
+the native weights, with ``/`` and that of keys and values where it is not what follows from them.
 
     python -m benchmarks.cpu_decode
-    python -m benchmarks.cpu_decode --clock thread --formats float32 int8 --json out.json
+    python -m benchmarks.cpu_decode --clock thread --formats float32 int8 int8/bfloat16
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Stepper:
                 decodes_audio=False,
                 max_num_seqs=batch_size,
                 cpu_threads=num_threads,
-                **_OPTIONS.get(path, {"quantization": path}),
+                **_options_of(path),
             )
             self._runner = self._core._executor._worker._runner  # type: ignore[attr-defined]
             self._decoder = self._runner._decoder
@@ -82,6 +83,13 @@ class Stepper:
 
     def _switch(self) -> Any:
         return nullcontext() if self._is_native else native.disabled()
+
+
+def _options_of(path: str) -> dict[str, str]:
+    """Engine options for a format of weights and, behind a slash, of pages."""
+    weights, _, pages = path.partition("/")
+    options = _OPTIONS.get(weights, {"quantization": weights})
+    return options | {"kv_cache_dtype": pages or "auto"}
 
 
 def _start(core: EngineCore, batch_size: int) -> tuple[str, ...]:
@@ -149,7 +157,9 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--formats", nargs="+", default=["float32"], help="of native weights")
+    parser.add_argument(
+        "--formats", nargs="+", default=["float32"], help="native weights, or weights/pages"
+    )
     parser.add_argument("--size", default="tiny", help="of the layers, see vllm checkpoint make")
     parser.add_argument("--num-layers", type=int, default=8)
     parser.add_argument("--num-rounds", type=int, default=100)

@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 // Raised by every change to this file that an older caller would get wrong.
-#define HAV_ABI_VERSION 1
+#define HAV_ABI_VERSION 2
 
 // HAV_ABI_VERSION of the library that is loaded.
 HAV_API int32_t hav_abi_version(void);
@@ -113,15 +113,16 @@ HAV_API int32_t hav_linear_apply(hav_pool* pool, const hav_linear* weights, cons
 
 // ---- Paged attention --------------------------------------------------------------------------
 
-// The KV cache of one layer, float32. Position p of a sequence lies in block table[p / block_size],
-// at offset p % block_size; keys + block * block_stride + head * head_stride +
-// offset * position_stride is its key, and its value lies value_offset behind that. The head_dim
-// elements of a key are contiguous, and so are those of a value.
+// The KV cache of one layer, float32 or bfloat16. Position p of a sequence lies in block table[p /
+// block_size], at offset p % block_size; keys + block * block_stride + head * head_stride + offset
+// * position_stride is its key, and its value lies value_offset behind that. The head_dim elements
+// of a key are contiguous, and so are those of a value.
 typedef struct {
-  float* keys;
+  void* keys;
   int64_t value_offset, block_stride, head_stride, position_stride;
   int64_t block_size, num_kv_heads;
   int64_t head_dim;  // a multiple of 16
+  int32_t format;    // HAV_FLOAT32, or HAV_BFLOAT16: rounded when written, computed with as float
 } hav_kv_cache;
 
 // Which positions the rows of a step see. Row r sees 0 .. positions[r] of the sequence whose block

@@ -10,48 +10,83 @@ constexpr int kKeyTile = 64;       // positions; tiles start at multiples of it
 constexpr int kQueriesAtOnce = 2;  // heads that share the loads of a key
 constexpr int kVectorsAtOnce = 4;  // of a value, in registers over all keys of a tile
 constexpr float kNothingSeen = -1e30f;
+constexpr int64_t kCacheLine = 64;  // bytes
 // Head rows from which a second thread saves more than it costs.
 constexpr int64_t kGrainHeads = 2;
 
-// Keys and values of one head and one tile, by position.
+HAV_INLINE F32 widened(const float* p) { return load(p); }
+HAV_INLINE F32 widened(const uint16_t* p) { return load_bf16(p); }
+
+void store_as(const float* from, int64_t size, float* to) { memcpy(to, from, size * sizeof *to); }
+void store_as(const float* from, int64_t size, uint16_t* to) {
+  for (int64_t i = 0; i < size; i += F32::kLanes) {
+    store_bf16_up_to(to + i, load(from + i), F32::kLanes);
+  }
+}
+
+// Pages lie apart from each other, so the processor cannot guess which lines come next.
+template <typename Element>
+HAV_INLINE void prefetch(const Element* p, int64_t size) {
+  constexpr int64_t kStep = kCacheLine / static_cast<int64_t>(sizeof(Element));
+  for (int64_t i = 0; i < size; i += kStep) __builtin_prefetch(p + i);
+}
+
+// Keys and values of one head and one tile, by position. Element is float, or the bits of bfloat16.
+template <typename Element>
 struct Tile {
-  const float* keys[kKeyTile];
+  const Element* keys[kKeyTile];
   int64_t value_offset;
   int num_keys;
 };
 
-const float* key_at(const hav_kv_cache& cache, const int64_t* block_table, int64_t kv_head,
-                    int64_t position) {
-  const int64_t block = block_table[position / cache.block_size];
-  return cache.keys + block * cache.block_stride + kv_head * cache.head_stride +
-         position % cache.block_size * cache.position_stride;
+// What one task works on: a few query heads over one key head of one row.
+struct Heads {
+  const hav_kv_cache& cache;
+  const int64_t* block_table;
+  int64_t kv_head;
+  int64_t num_positions;
+  float scale;
+};
+
+template <typename Element>
+Element* key_at(const Heads& heads, int64_t position) {
+  const hav_kv_cache& cache = heads.cache;
+  const int64_t block = heads.block_table[position / cache.block_size];
+  return static_cast<Element*>(cache.keys) + block * cache.block_stride +
+         heads.kv_head * cache.head_stride + position % cache.block_size * cache.position_stride;
 }
 
-Tile tile_at(const hav_kv_cache& cache, const int64_t* block_table, int64_t kv_head, int64_t first,
-             int64_t num_positions) {
-  Tile tile;
-  const int64_t left = num_positions - first;
-  tile.num_keys = static_cast<int>(left < kKeyTile ? left : kKeyTile);
-  tile.value_offset = cache.value_offset;
-  const float* key = nullptr;
+template <typename Element>
+void find_tile(const Heads& heads, int64_t first, Tile<Element>* tile) {
+  const hav_kv_cache& cache = heads.cache;
+  const int64_t left = heads.num_positions - first;
+  tile->num_keys = static_cast<int>(left < kKeyTile ? left : kKeyTile);
+  tile->value_offset = cache.value_offset;
+  const Element* key = nullptr;
   int64_t left_in_block = 0;
-  for (int i = 0; i < tile.num_keys; ++i) {
+  for (int i = 0; i < tile->num_keys; ++i) {
     if (left_in_block == 0) {
-      key = key_at(cache, block_table, kv_head, first + i);
+      key = key_at<Element>(heads, first + i);
       left_in_block = cache.block_size - (first + i) % cache.block_size;
     }
-    tile.keys[i] = key;
+    tile->keys[i] = key;
     key += cache.position_stride;
     --left_in_block;
   }
-  return tile;
 }
 
-F32 dot_lanes(const float* a, const float* b, int64_t size) {
-  F32 sum = load(a) * load(b);
-  for (int64_t i = F32::kLanes; i < size; i += F32::kLanes)
-    sum = fma(load(a + i), load(b + i), sum);
-  return sum;
+// Products of kNum queries with a key, lane by lane.
+template <int kNum, typename Element>
+HAV_INLINE void multiply_lanes(const float* const* queries, const Element* key, int64_t size,
+                               F32* products, int64_t stride) {
+  F32 sums[kNum];
+  const F32 first = widened(key);
+  for (int q = 0; q < kNum; ++q) sums[q] = load(queries[q]) * first;
+  for (int64_t i = F32::kLanes; i < size; i += F32::kLanes) {
+    const F32 part = widened(key + i);
+    for (int q = 0; q < kNum; ++q) sums[q] = fma(load(queries[q] + i), part, sums[q]);
+  }
+  for (int q = 0; q < kNum; ++q) products[q * stride] = sums[q];
 }
 
 // Running softmax of one query: what it has seen, relative to the largest score.
@@ -60,16 +95,20 @@ struct Running {
   float total = 0.0f;
 };
 
-// Scores of a query against a tile, [kKeyTile]; lanes beyond the last key repeat it.
-void score_tile(const float* query, const Tile& tile, int64_t head_dim, float scale,
-                float* scores) {
+// Scores of queries against a tile; lanes beyond the last key repeat it. Fetches the values.
+template <int kNum, typename Element>
+void score_tile(const float* const* queries, const Tile<Element>& tile, int64_t head_dim,
+                float scale, float (*scores)[kKeyTile]) {
   for (int first = 0; first < tile.num_keys; first += F32::kLanes) {
-    F32 products[F32::kLanes];
+    F32 products[kNum][F32::kLanes];
     for (int lane = 0; lane < F32::kLanes; ++lane) {
       const int i = first + lane < tile.num_keys ? first + lane : tile.num_keys - 1;
-      products[lane] = dot_lanes(query, tile.keys[i], head_dim);
+      prefetch(tile.keys[i] + tile.value_offset, head_dim);
+      multiply_lanes<kNum>(queries, tile.keys[i], head_dim, &products[0][lane], F32::kLanes);
     }
-    store(scores + first, sums_of(products) * splat(scale));
+    for (int q = 0; q < kNum; ++q) {
+      store(scores[q] + first, sums_of(products[q]) * splat(scale));
+    }
   }
 }
 
@@ -91,9 +130,11 @@ float weigh_tile(float* scores, int num_keys, Running& running) {
 }
 
 // context = context * earlier + weights * values, for kNum queries and some vectors of the values.
-template <int kNum, int kVectors>
-HAV_INLINE void add_values(const Tile& tile, const float (*weights)[kKeyTile], const float* earlier,
-                           int64_t offset, float* const* context) {
+// Fetches the keys of the next tile.
+template <int kNum, int kVectors, typename Element>
+HAV_INLINE void add_values(const Tile<Element>& tile, const Tile<Element>& next,
+                           const float (*weights)[kKeyTile], const float* earlier, int64_t offset,
+                           float* const* context) {
   F32 sums[kNum][kVectors];
   for (int q = 0; q < kNum; ++q) {
     for (int v = 0; v < kVectors; ++v) {
@@ -101,9 +142,10 @@ HAV_INLINE void add_values(const Tile& tile, const float (*weights)[kKeyTile], c
     }
   }
   for (int i = 0; i < tile.num_keys; ++i) {
-    const float* value = tile.keys[i] + tile.value_offset + offset;
+    if (i < next.num_keys) prefetch(next.keys[i] + offset, kVectors * F32::kLanes);
+    const Element* value = tile.keys[i] + tile.value_offset + offset;
     for (int v = 0; v < kVectors; ++v) {
-      const F32 part = load(value + v * F32::kLanes);
+      const F32 part = widened(value + v * F32::kLanes);
       for (int q = 0; q < kNum; ++q) sums[q][v] = fma(splat(weights[q][i]), part, sums[q][v]);
     }
   }
@@ -114,43 +156,44 @@ HAV_INLINE void add_values(const Tile& tile, const float (*weights)[kKeyTile], c
   }
 }
 
-template <int kNum>
-void add_tile(const Tile& tile, const float (*weights)[kKeyTile], const float* earlier,
-              int64_t head_dim, float* const* context) {
+template <int kNum, typename Element>
+void add_tile(const Tile<Element>& tile, const Tile<Element>& next,
+              const float (*weights)[kKeyTile], const float* earlier, int64_t head_dim,
+              float* const* context) {
   constexpr int64_t kWide = kVectorsAtOnce * F32::kLanes;
   int64_t offset = 0;
   for (; offset + kWide <= head_dim; offset += kWide) {
-    add_values<kNum, kVectorsAtOnce>(tile, weights, earlier, offset, context);
+    add_values<kNum, kVectorsAtOnce>(tile, next, weights, earlier, offset, context);
   }
   for (; offset < head_dim; offset += F32::kLanes) {
-    add_values<kNum, 1>(tile, weights, earlier, offset, context);
+    add_values<kNum, 1>(tile, next, weights, earlier, offset, context);
   }
 }
 
-// What one task works on: a few query heads over one key head of one row.
-struct Heads {
-  const hav_kv_cache& cache;
-  const int64_t* block_table;
-  int64_t kv_head;
-  int64_t num_positions;
-  float scale;
-};
-
-template <int kNum>
-void attend_heads(const Heads& heads, const float* const* queries, float* const* context) {
+// `first` is the first tile of these heads, `after` what is read next when they are done.
+template <int kNum, typename Element>
+void attend_heads(const Heads& heads, const Tile<Element>& first, const Tile<Element>& after,
+                  const float* const* queries, float* const* context) {
   const int64_t head_dim = heads.cache.head_dim;
   Running running[kNum];
   float weights[kNum][kKeyTile];
   float earlier[kNum];
+  Tile<Element> found[2];
+  const Tile<Element>* tile = &first;
   for (int q = 0; q < kNum; ++q) memset(context[q], 0, head_dim * sizeof(float));
-  for (int64_t first = 0; first < heads.num_positions; first += kKeyTile) {
-    const Tile tile =
-        tile_at(heads.cache, heads.block_table, heads.kv_head, first, heads.num_positions);
-    for (int q = 0; q < kNum; ++q) {
-      score_tile(queries[q], tile, head_dim, heads.scale, weights[q]);
-      earlier[q] = weigh_tile(weights[q], tile.num_keys, running[q]);
+  for (int64_t end = kKeyTile;; end += kKeyTile) {
+    const Tile<Element>* next = &after;
+    if (end < heads.num_positions) {
+      next = &found[end / kKeyTile % 2];
+      find_tile(heads, end, &found[end / kKeyTile % 2]);
     }
-    add_tile<kNum>(tile, weights, earlier, head_dim, context);
+    score_tile<kNum>(queries, *tile, head_dim, heads.scale, weights);
+    for (int q = 0; q < kNum; ++q) {
+      earlier[q] = weigh_tile(weights[q], tile->num_keys, running[q]);
+    }
+    add_tile<kNum>(*tile, *next, weights, earlier, head_dim, context);
+    if (next == &after) break;
+    tile = next;
   }
   for (int q = 0; q < kNum; ++q) {
     const F32 factor = splat(1.0f / running[q].total);
@@ -161,18 +204,20 @@ void attend_heads(const Heads& heads, const float* const* queries, float* const*
 }
 
 // All query heads that share a key head; queries and context are those of the first.
-void attend_group(const Heads& heads, int64_t num_queries, const float* queries, float* context) {
+template <typename Element>
+void attend_group(const Heads& heads, const Tile<Element>& first, const Tile<Element>& after,
+                  int64_t num_queries, const float* queries, float* context) {
   const int64_t head_dim = heads.cache.head_dim;
   int64_t q = 0;
   for (; q + kQueriesAtOnce <= num_queries; q += kQueriesAtOnce) {
     const float* const pair[] = {queries + q * head_dim, queries + (q + 1) * head_dim};
     float* const results[] = {context + q * head_dim, context + (q + 1) * head_dim};
-    attend_heads<kQueriesAtOnce>(heads, pair, results);
+    attend_heads<kQueriesAtOnce>(heads, first, after, pair, results);
   }
   for (; q < num_queries; ++q) {
     const float* const one[] = {queries + q * head_dim};
     float* const result[] = {context + q * head_dim};
-    attend_heads<1>(heads, one, result);
+    attend_heads<1>(heads, first, after, one, result);
   }
 }
 
@@ -193,12 +238,62 @@ void rotate(const float* cos, const float* signed_sin, float* head, int64_t head
   }
 }
 
+template <typename Element>
 void write_key_value(const Heads& heads, const float* key, const float* value) {
-  const hav_kv_cache& cache = heads.cache;
-  float* to =
-      const_cast<float*>(key_at(cache, heads.block_table, heads.kv_head, heads.num_positions - 1));
-  memcpy(to, key, cache.head_dim * sizeof(float));
-  memcpy(to + cache.value_offset, value, cache.head_dim * sizeof(float));
+  Element* to = key_at<Element>(heads, heads.num_positions - 1);
+  store_as(key, heads.cache.head_dim, to);
+  store_as(value, heads.cache.head_dim, to + heads.cache.value_offset);
+}
+
+// A parallel region: prepare(row, kv_head, heads) and then attention, row by row and head by head,
+// where each task fetches what the next one reads first.
+template <typename Element, typename Prepare>
+void attend_all(ThreadPool* pool, const hav_kv_cache& cache, const hav_attention& attention,
+                const float* queries, int64_t query_stride, float* context, int64_t context_stride,
+                const Prepare& prepare) {
+  const int64_t num_kv_heads = cache.num_kv_heads;
+  const int64_t group = attention.num_heads / num_kv_heads;
+  const int64_t group_size = group * cache.head_dim;
+  const int64_t num_tasks = attention.num_rows * num_kv_heads;
+  parallel_for(pool, num_tasks, kGrainHeads, [&](int64_t begin, int64_t end) {
+    Tile<Element> tiles[2];
+    find_tile(heads_of(cache, attention, begin / num_kv_heads, begin % num_kv_heads), 0,
+              &tiles[begin % 2]);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / num_kv_heads, kv_head = task % num_kv_heads;
+      const Heads heads = heads_of(cache, attention, row, kv_head);
+      Tile<Element>& after = tiles[(task + 1) % 2];
+      after.num_keys = 0;
+      if (task + 1 < end) {
+        find_tile(heads_of(cache, attention, (task + 1) / num_kv_heads, (task + 1) % num_kv_heads),
+                  0, &after);
+      }
+      prepare(row, kv_head, heads);
+      attend_group(heads, tiles[task % 2], after, group,
+                   queries + row * query_stride + kv_head * group_size,
+                   context + row * context_stride + kv_head * group_size);
+    }
+  });
+}
+
+template <typename Element>
+void rope_write_attend_in(ThreadPool* pool, const hav_kv_cache& cache,
+                          const hav_attention& attention, const float* cos, const float* signed_sin,
+                          float* qkv, int64_t qkv_stride, float* context, int64_t context_stride) {
+  const int64_t num_kv_heads = cache.num_kv_heads, head_dim = cache.head_dim;
+  const int64_t group = attention.num_heads / num_kv_heads;
+  const auto rotate_and_write = [&](int64_t row, int64_t kv_head, const Heads& heads) {
+    float* queries = qkv + row * qkv_stride + kv_head * group * head_dim;
+    float* key = qkv + row * qkv_stride + (attention.num_heads + kv_head) * head_dim;
+    const int64_t angle = attention.positions[row] * head_dim;
+    for (int64_t q = 0; q < group; ++q) {
+      rotate(cos + angle, signed_sin + angle, queries + q * head_dim, head_dim);
+    }
+    rotate(cos + angle, signed_sin + angle, key, head_dim);
+    write_key_value<Element>(heads, key, key + num_kv_heads * head_dim);
+  };
+  attend_all<Element>(pool, cache, attention, qkv, qkv_stride, context, context_stride,
+                      rotate_and_write);
 }
 
 }  // namespace
@@ -206,42 +301,18 @@ void write_key_value(const Heads& heads, const float* key, const float* value) {
 void attend_rows(ThreadPool* pool, const hav_kv_cache* cache, const hav_attention* attention,
                  const float* queries, int64_t query_stride, float* context,
                  int64_t context_stride) {
-  const int64_t num_kv_heads = cache->num_kv_heads;
-  const int64_t group = attention->num_heads / num_kv_heads;
-  const int64_t group_size = group * cache->head_dim;
-  const int64_t num_tasks = attention->num_rows * num_kv_heads;
-  parallel_for(pool, num_tasks, kGrainHeads, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / num_kv_heads, kv_head = task % num_kv_heads;
-      attend_group(heads_of(*cache, *attention, row, kv_head), group,
-                   queries + row * query_stride + kv_head * group_size,
-                   context + row * context_stride + kv_head * group_size);
-    }
-  });
+  const auto nothing = [](int64_t, int64_t, const Heads&) {};
+  const auto attend = cache->format == HAV_BFLOAT16 ? attend_all<uint16_t, decltype(nothing)>
+                                                    : attend_all<float, decltype(nothing)>;
+  attend(pool, *cache, *attention, queries, query_stride, context, context_stride, nothing);
 }
 
 void rope_write_attend(ThreadPool* pool, const hav_kv_cache* cache, const hav_attention* attention,
                        const float* cos, const float* signed_sin, float* qkv, int64_t qkv_stride,
                        float* context, int64_t context_stride) {
-  const int64_t num_kv_heads = cache->num_kv_heads, head_dim = cache->head_dim;
-  const int64_t group = attention->num_heads / num_kv_heads;
-  const int64_t num_tasks = attention->num_rows * num_kv_heads;
-  parallel_for(pool, num_tasks, kGrainHeads, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / num_kv_heads, kv_head = task % num_kv_heads;
-      const Heads heads = heads_of(*cache, *attention, row, kv_head);
-      float* queries = qkv + row * qkv_stride + kv_head * group * head_dim;
-      float* key = qkv + row * qkv_stride + (attention->num_heads + kv_head) * head_dim;
-      const int64_t angle = attention->positions[row] * head_dim;
-      for (int64_t q = 0; q < group; ++q) {
-        rotate(cos + angle, signed_sin + angle, queries + q * head_dim, head_dim);
-      }
-      rotate(cos + angle, signed_sin + angle, key, head_dim);
-      write_key_value(heads, key, key + num_kv_heads * head_dim);
-      attend_group(heads, group, queries,
-                   context + row * context_stride + kv_head * group * head_dim);
-    }
-  });
+  const auto attend =
+      cache->format == HAV_BFLOAT16 ? rope_write_attend_in<uint16_t> : rope_write_attend_in<float>;
+  attend(pool, *cache, *attention, cos, signed_sin, qkv, qkv_stride, context, context_stride);
 }
 
 }  // namespace hav::HAV_ISA

@@ -215,7 +215,7 @@ void check_shared_pool(hav_pool* pool) {
 // an allocation of exactly its size.
 class SmallDecoder {
  public:
-  explicit SmallDecoder(hav_pool* pool) : pool_(pool) {
+  SmallDecoder(hav_pool* pool, int32_t format) : pool_(pool), format_(format) {
     for (int64_t i = 0; i < kLayers; ++i) layers_.push_back(make_layer(i));
     for (int64_t i = 0; i < kRows * kBlocksPerRow; ++i) block_tables_.push_back(i);
     for (int64_t row = 0; row < kRows; ++row) {
@@ -255,21 +255,28 @@ class SmallDecoder {
   static constexpr int64_t kCacheSize = kRows * kPositions * kKeyHeads * kHeadDim;
 
   hav_linear* make_weights(int64_t num_outputs, int64_t num_inputs, bool is_gated) {
-    const Matrix matrix = make_matrix(HAV_FLOAT32, num_outputs, num_inputs, numbers_);
+    const Matrix matrix = make_matrix(format_, num_outputs, num_inputs, numbers_);
     weights_.push_back(matrix.packed(pool_, is_gated));
     return weights_.back();
   }
 
   hav_decoder_layer make_layer(int64_t index) {
-    float* cache = caches_[index].data();
+    std::vector<uint8_t>& cache = caches_[index];
+    for (float each : numbers_.take(2 * kCacheSize)) {
+      if (format_ == HAV_BFLOAT16) {
+        append(cache, truncated_to_bf16(each));
+      } else {
+        append(cache, each);
+      }
+    }
     return {gains_.data(),
             gains_.data(),
             make_weights((kHeads + 2 * kKeyHeads) * kHeadDim, kHidden, false),
             make_weights(kHidden, kHeads * kHeadDim, false),
             make_weights(2 * kWidth, kHidden, true),
             make_weights(kHidden, kWidth, false),
-            {cache, kCacheSize, kKeyHeads * kBlockSize * kHeadDim, kBlockSize * kHeadDim, kHeadDim,
-             kBlockSize, kKeyHeads, kHeadDim}};
+            {cache.data(), kCacheSize, kKeyHeads * kBlockSize * kHeadDim, kBlockSize * kHeadDim,
+             kHeadDim, kBlockSize, kKeyHeads, kHeadDim, format_}};
   }
 
   hav_decoder describe() {
@@ -293,13 +300,13 @@ class SmallDecoder {
   }
 
   hav_pool* pool_;
+  int32_t format_;  // of weights and pages
   Numbers numbers_;
   std::vector<hav_linear*> weights_;
   std::vector<float> gains_ = std::vector<float>(kHidden, 1.0f);
   std::vector<float> embedding_ = numbers_.take(kCodes * kHidden);
   std::vector<float> angles_ = numbers_.take(kPositions * kHeadDim);
-  std::vector<float> caches_[kLayers] = {numbers_.take(2 * kCacheSize),
-                                         numbers_.take(2 * kCacheSize)};
+  std::vector<uint8_t> caches_[kLayers];
   std::vector<hav_decoder_layer> layers_;
   hav_linear* head_;
   std::vector<int64_t> block_tables_, positions_, counters_;
@@ -315,9 +322,11 @@ class SmallDecoder {
 };
 
 void check_decode_steps(hav_pool* pool) {
-  const std::vector<int16_t> expected = SmallDecoder(nullptr).run(40);
-  expect(SmallDecoder(pool).run(40) == expected, "threads change codes");
-  for (int16_t code : expected) expect(code >= 0 && code < 37, "a code that there is");
+  for (int32_t format : {HAV_FLOAT32, HAV_BFLOAT16}) {
+    const std::vector<int16_t> expected = SmallDecoder(nullptr, format).run(40);
+    expect(SmallDecoder(pool, format).run(40) == expected, "threads change codes");
+    for (int16_t code : expected) expect(code >= 0 && code < 37, "a code that there is");
+  }
 }
 
 // A convolution, one that doubles the rate, a residual unit and one channel of samples.

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from vllm.platforms import num_cores
+from vllm.exceptions import ConfigError
+from vllm.platforms import Platform, activation_dtype, num_cores, resolve_kv_dtype
 
 needs_affinity = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux only")
 
@@ -38,3 +40,32 @@ def test_where_nothing_is_said_every_processor_counts(
 
 def test_this_machine_has_cores() -> None:
     assert 1 <= num_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "expected"),
+    [
+        ("auto", torch.float32, torch.float32),
+        ("auto", torch.bfloat16, torch.bfloat16),
+        ("bfloat16", torch.float32, torch.bfloat16),
+        ("float32", torch.bfloat16, torch.float32),
+    ],
+)
+def test_pages_have_the_type_of_the_weights_unless_asked(
+    name: str, weights: torch.dtype, expected: torch.dtype
+) -> None:
+    cpu = Platform(torch.device("cpu"))
+    assert resolve_kv_dtype(name, weights, cpu) == expected
+
+
+def test_on_cuda_pages_have_the_type_of_the_weights() -> None:
+    cuda = Platform(torch.device("cuda"))
+    assert resolve_kv_dtype("bfloat16", torch.bfloat16, cuda) == torch.bfloat16
+    with pytest.raises(ConfigError, match="choose it with --dtype"):
+        resolve_kv_dtype("float32", torch.bfloat16, cuda)
+
+
+def test_activations_beside_bfloat16_are_wide_on_a_cpu_only() -> None:
+    assert activation_dtype(torch.bfloat16, torch.device("cpu")) == torch.float32
+    assert activation_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+    assert activation_dtype(torch.float16, torch.device("cpu")) == torch.float16

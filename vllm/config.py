@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from vllm.exceptions import ConfigError
 from vllm.sampling_params import MAX_RAS_WINDOW, RasMode
@@ -40,6 +40,7 @@ _MAX_THREADS = 1024  # more than any machine's cores; OpenMP may end the process
 _MAX_POSITIONS = 131_072  # what the published model was made for (specification §1.1)
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+KVCacheDType = Literal["auto", "float32", "bfloat16"]
 
 
 def _option(default: Any, help_text: str, **extra: Any) -> Any:
@@ -125,6 +126,11 @@ class CacheConfig:
     kv_cache_memory: int = _option(
         0, "bytes of the KV cache, on any device; 0 chooses from the free memory"
     )
+    kv_cache_dtype: KVCacheDType = _option(
+        "auto",
+        "number type of keys and values: that of the weights when auto (float32 beside int8 and "
+        "int4); on the CPU float32 or bfloat16",
+    )
     enable_prefix_caching: bool = _option(True, "share KV blocks of equal prompt beginnings")
 
     def __post_init__(self) -> None:
@@ -133,6 +139,10 @@ class CacheConfig:
             f"--gpu-memory-utilization {self.gpu_memory_utilization}: in (0, 1]",
         )
         _require(self.kv_cache_memory >= 0, f"--kv-cache-memory {self.kv_cache_memory}: 0 or more")
+        _require(
+            self.kv_cache_dtype in get_args(KVCacheDType),
+            f"--kv-cache-dtype {self.kv_cache_dtype!r}: {', '.join(get_args(KVCacheDType))}",
+        )
         _require(
             self.block_size in (8, 16, 32, 64, 128),
             f"--block-size {self.block_size}: one of 8, 16, 32, 64, 128",

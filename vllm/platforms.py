@@ -19,9 +19,11 @@ from vllm.exceptions import ConfigError
 __all__ = [
     "MemoryFigures",
     "Platform",
+    "activation_dtype",
     "copy_to_device",
     "num_cores",
     "resolve_dtype",
+    "resolve_kv_dtype",
     "select_platform",
 ]
 
@@ -122,3 +124,30 @@ def copy_to_device(values: NDArray[Any], device: torch.device) -> Tensor:
         return host.to(device)
     # Memory from torch's pinned pool is given away again only when the copy is done.
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def activation_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
+    """Number type of what goes from layer to layer beside weights of a type.
+
+    On a CPU, bfloat16 saves the reading of weights and nothing else: what a product gives stays
+    float32. A GPU writes activations to memory between its kernels, and keeps them narrow.
+    """
+    is_wide = device.type == "cpu" and weights == torch.bfloat16
+    return torch.float32 if is_wide else weights
+
+
+def resolve_kv_dtype(name: str, weights: torch.dtype, platform: Platform) -> torch.dtype:
+    """Number type for ``--kv-cache-dtype``; ConfigError for one that the platform has no use for.
+
+    Args:
+        name: auto, which is the type of the weights, float32 or bfloat16.
+        weights: number type of the weights.
+        platform: where the cache lives.
+    """
+    dtype = weights if name == "auto" else _DTYPES[name]
+    if platform.is_cuda and dtype != weights:
+        raise ConfigError(
+            f"--kv-cache-dtype {name}: on CUDA the KV cache has the type of the weights; "
+            "choose it with --dtype"
+        )
+    return dtype

@@ -230,7 +230,7 @@ def test_help_lists_every_group(capsys: pytest.CaptureFixture[Any]) -> None:
     page = capsys.readouterr().out
     for word in ("HTTP server", "engine: cache", "accepted without effect", "--ras-mode"):
         assert word in page
-    assert "--kv-cache-dtype" not in page
+    assert "--calculate-kv-scales" not in page
 
 
 @pytest.mark.parametrize(("text", "expected"), [("8k", 8000), ("8K", 8192), ("4096", 4096)])

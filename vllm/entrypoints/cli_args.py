@@ -71,8 +71,7 @@ PARALLEL_SIZES = (
 # upstream flag -> what to use instead
 REFUSED_FLAGS: dict[str, str] = {
     "-q": "--quantization int8 or --quantization int4, on the CPU",
-    "--kv-cache-dtype": "the KV cache has the type of the weights; choose it with --dtype",
-    "--calculate-kv-scales": "the KV cache has the type of the weights; choose it with --dtype",
+    "--calculate-kv-scales": "the KV cache has no scales; see --kv-cache-dtype",
     "--load-format": "the layout of a checkpoint is detected; convert others to safetensors",
     "--config-format": "the layout of a checkpoint is detected",
     "--model-loader-extra-config": "the layout of a checkpoint is detected",

@@ -173,7 +173,8 @@ def paged_attention(query: Tensor, cache: Tensor, plan: AttentionPlan, scale: fl
 
     Args:
         query: [N, num_heads, head_dim]; the step's keys are in the cache already.
-        cache: [2, num_blocks, num_kv_heads, block_size, head_dim].
+        cache: [2, num_blocks, num_kv_heads, block_size, head_dim]; of another number type than the
+            query's, it is computed with in that of the query.
         plan: of this step.
         scale: factor on the scores.
 
@@ -291,9 +292,11 @@ def _see(metadata: AttentionMetadata) -> _Sight:
 
 
 def _attend_natively(query: Tensor, cache: Tensor, sight: _Sight, scale: float) -> Tensor:
-    if query.stride()[1:] != (query.shape[2], 1):
-        query = query.contiguous()
-    return attend_rows(query, cache, sight.block_tables, sight.tables, sight.positions, scale)
+    rows = query.float()
+    if rows.stride()[1:] != (rows.shape[2], 1):
+        rows = rows.contiguous()
+    context = attend_rows(rows, cache, sight.block_tables, sight.tables, sight.positions, scale)
+    return context.to(query.dtype)
 
 
 @dataclass(frozen=True)
@@ -381,15 +384,16 @@ def _runs(block_tables: Tensor, is_visible: Tensor, geometry: _Geometry) -> Tens
     return torch.cat([keys, keys + geometry.num_blocks * num_heads * runs_per_block])
 
 
-def _gather(cache: Tensor, part: _Part) -> Tensor:
-    """Keys and values of a part: [2, S, tiles, num_kv_heads, KEY_TILE, head_dim]."""
+def _gather(cache: Tensor, part: _Part, dtype: torch.dtype) -> Tensor:
+    """Keys and values of a part, in ``dtype``: [2, S, tiles, num_kv_heads, KEY_TILE, head_dim]."""
     num_kv_heads, _, head_dim = cache.shape[-3:]
     runs = cache.view(-1, part.run * head_dim).index_select(0, part.runs)
-    return runs.view(2, part.num_sequences, part.num_tiles, num_kv_heads, KEY_TILE, head_dim)
+    shape = (2, part.num_sequences, part.num_tiles, num_kv_heads, KEY_TILE, head_dim)
+    return runs.view(shape).to(dtype)
 
 
 def _attend_decode(query: Tensor, cache: Tensor, part: _Part, scale: float) -> Tensor:
-    keys, values = _gather(cache, part)
+    keys, values = _gather(cache, part, query.dtype)
     num_kv_heads, _, head_dim = cache.shape[-3:]
     grouped = query.reshape(part.num_sequences, num_kv_heads, -1, head_dim)
     context = _attend_tiles(grouped, keys, values, part.biases[0], scale)
@@ -397,7 +401,7 @@ def _attend_decode(query: Tensor, cache: Tensor, part: _Part, scale: float) -> T
 
 
 def _attend_sequence(query: Tensor, cache: Tensor, part: _Part, scale: float) -> Tensor:
-    keys, values = _gather(cache, part)
+    keys, values = _gather(cache, part, query.dtype)
     num_kv_heads, _, head_dim = cache.shape[-3:]
     num_queries, num_heads, _ = query.shape
     missing = -num_queries % _QUERY_TILE

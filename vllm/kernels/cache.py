@@ -62,6 +62,10 @@ def cache_rows(slots: Tensor, cache: Tensor) -> Tensor:
 
 
 def write_kv(cache: Tensor, rows: Tensor, keys_values: Tensor) -> None:
-    """Store ``keys_values`` [N, 2 * num_kv_heads, head_dim] at ``rows`` from ``cache_rows``."""
+    """Store ``keys_values`` [N, 2 * num_kv_heads, head_dim] at ``rows`` from ``cache_rows``.
+
+    They are rounded to the cache's number type.
+    """
     head_dim = cache.shape[-1]
-    cache.view(-1, head_dim).index_copy_(0, rows, keys_values.reshape(-1, head_dim))
+    values = keys_values.reshape(-1, head_dim).to(cache.dtype)
+    cache.view(-1, head_dim).index_copy_(0, rows, values)

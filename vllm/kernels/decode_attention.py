@@ -8,16 +8,22 @@ model and no request.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
 from vllm.kernels import native, reference
+from vllm.kernels.quantize import WeightFormat
 
 __all__ = ["AttentionStruct", "KVCacheStruct", "attend_rows", "can_attend", "rope_write_attend"]
 
 _HEAD_QUANTUM = 16  # head_dim is a multiple of it
+# Number types of caches, as the library numbers them.
+_FORMATS = {
+    torch.float32: list(WeightFormat).index(WeightFormat.FLOAT32),
+    torch.bfloat16: list(WeightFormat).index(WeightFormat.BFLOAT16),
+}
 
 
 class KVCacheStruct(ctypes.Structure):
@@ -32,6 +38,7 @@ class KVCacheStruct(ctypes.Structure):
         ("block_size", c_int64),
         ("num_kv_heads", c_int64),
         ("head_dim", c_int64),
+        ("format", c_int32),
     )
 
     @classmethod
@@ -39,7 +46,8 @@ class KVCacheStruct(ctypes.Structure):
         """View of a cache [2, num_blocks, num_kv_heads, block_size, head_dim], with any strides."""
         assert can_attend(cache.dtype, cache.shape[4])
         assert cache.stride(4) == 1
-        return cls(cache.data_ptr(), *cache.stride()[:4], cache.shape[3], *cache.shape[2::2])
+        sizes = (cache.shape[3], *cache.shape[2::2])
+        return cls(cache.data_ptr(), *cache.stride()[:4], *sizes, _FORMATS[cache.dtype])
 
 
 class AttentionStruct(ctypes.Structure):
@@ -74,7 +82,7 @@ class AttentionStruct(ctypes.Structure):
 
 def can_attend(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the native form takes caches like this."""
-    return dtype == torch.float32 and head_dim % _HEAD_QUANTUM == 0
+    return dtype in _FORMATS and head_dim % _HEAD_QUANTUM == 0
 
 
 def attend_rows(
@@ -89,18 +97,19 @@ def attend_rows(
 
     Args:
         query: float32 [N, num_heads, head_dim], the heads of a row contiguous.
-        cache: float32 [2, num_blocks, num_kv_heads, block_size, head_dim].
+        cache: float32 or bfloat16 [2, num_blocks, num_kv_heads, block_size, head_dim].
         block_tables: int64 [num_sequences, max_blocks].
         tables: int64 [N], the sequence of each row.
         positions: int64 [N], the last position that each row sees.
         scale: factor on the scores.
 
     Returns:
-        [N, num_heads, head_dim]; each row alone in its bits.
+        float32 [N, num_heads, head_dim]; each row alone in its bits.
     """
     lib = native.loaded_library()
     assert lib is not None
     num_heads, head_dim = query.shape[1:]
+    assert query.dtype == torch.float32
     assert query.stride()[1:] == (head_dim, 1)
     context = torch.empty(query.shape)
     lib.hav_attend_rows(
@@ -136,9 +145,10 @@ def rope_write_attend(
             be rotated in place.
         cos: [num_positions, 1, head_dim].
         signed_sin: as ``cos``, the first half of the sines negated.
-        cache: [2, num_blocks, num_kv_heads, block_size, head_dim], of qkv's type; on CUDA also
-            float8_e4m3fn (a card of compute capability 8.9 or more), to which keys and values are
-            rounded as they are: 448 is far above them, and no scale has to be known beforehand.
+        cache: [2, num_blocks, num_kv_heads, block_size, head_dim], of qkv's type; beside float32
+            on the CPU also bfloat16; on CUDA also float8_e4m3fn (a card of compute capability 8.9
+            or more), to which keys and values are rounded as they are: 448 is far above them, and
+            no scale has to be known beforehand.
         block_tables: int64 [num_sequences, max_blocks].
         tables: int64 [N], the sequence of each row.
         positions: int64 [N], the new position of each; not natively: -1 for padding.
@@ -157,7 +167,8 @@ def rope_write_attend(
             *arguments, max_context_len=max_context_len, arrivals=arrivals
         )
     lib = native.loaded_library()
-    if lib is None or not can_attend(cache.dtype, cache.shape[4]):
+    is_native = qkv.dtype == torch.float32 and can_attend(cache.dtype, cache.shape[4])
+    if lib is None or not is_native:
         return reference.rope_write_attend(*arguments)
     assert qkv.is_contiguous()
     assert cos.is_contiguous()

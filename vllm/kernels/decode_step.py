@@ -62,7 +62,8 @@ class DecoderWeights:
 class DecoderRows:
     """Where the persistent rows are kept; read and written by every step."""
 
-    kv_caches: Sequence[Tensor]  # per layer [2, num_blocks, num_kv_heads, block_size, head_dim]
+    # Per layer float32 or bfloat16 [2, num_blocks, num_kv_heads, block_size, head_dim].
+    kv_caches: Sequence[Tensor]
     block_tables: NDArray[np.int64]  # [max_num_rows, max_blocks]
     positions: NDArray[np.int64]  # [max_num_rows], where each row's last frame goes; not changed
     streams: StreamMemory
@@ -106,13 +107,19 @@ class _DecoderStruct(ctypes.Structure):
 
 
 def can_decode(
-    device: torch.device, dtype: torch.dtype, *, head_dim: int, codebook_size: int
+    device: torch.device,
+    *,
+    activation_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    head_dim: int,
+    codebook_size: int,
 ) -> bool:
-    """Whether the library is there and takes steps of such a model."""
+    """Whether the library is there and takes steps of such a model with such a KV cache."""
     return (
         native.loaded_library() is not None
         and device.type == "cpu"
-        and can_attend(dtype, head_dim)
+        and activation_dtype == torch.float32
+        and can_attend(kv_dtype, head_dim)
         and codebook_size <= MAX_CODEBOOK_SIZE
     )
 

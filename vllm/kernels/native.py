@@ -36,7 +36,7 @@ __all__ = [
 
 logger = get_logger(__name__)
 
-ABI_VERSION = 1  # HAV_ABI_VERSION of csrc/api.h
+ABI_VERSION = 2  # HAV_ABI_VERSION of csrc/api.h
 
 _PATH = Path(__file__).with_name("lib") / "libhav.so"
 

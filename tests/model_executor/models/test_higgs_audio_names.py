@@ -86,7 +86,7 @@ def test_all_397_names_map_to_the_network(network):
 
 def test_parameter_count_is_the_published_one(network):
     assert sum(target.numel() for target in network.targets().values()) == 5_771_283_456
-    assert network.spec.kv_bytes_per_position == 114_688
+    assert network.spec.kv_bytes_per_position(torch.bfloat16) == 114_688
 
 
 @pytest.mark.parametrize(

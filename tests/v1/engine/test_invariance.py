@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vllm.kernels import native
 from vllm.player import Listener
 from vllm.v1.core.row_turns import RowTurns
 from vllm.v1.engine.core import EngineCore
@@ -53,9 +54,9 @@ def solo(make_core: Callable[..., EngineCore], run: Any) -> Callable[..., Any]:
     """Runs each request alone in one fresh engine without a prefix cache."""
 
     def run_alone(
-        requests: list[EngineCoreRequest], threads: int
+        requests: list[EngineCoreRequest], options: dict[str, Any]
     ) -> dict[str, tuple[bytes, bytes]]:
-        core = make_core(enable_prefix_caching=False, cpu_threads=threads)
+        core = make_core(enable_prefix_caching=False, **options)
         results = {}
         for request in requests:
             recorder = run(core, request)
@@ -66,26 +67,37 @@ def solo(make_core: Callable[..., EngineCore], run: Any) -> Callable[..., Any]:
     return run_alone
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("options", "block_bytes"),
+    [
+        ({"cpu_threads": 1}, _BLOCK_BYTES),
+        ({"cpu_threads": 2}, _BLOCK_BYTES),
+        ({"cpu_threads": 1, "dtype": "bfloat16"}, _BLOCK_BYTES // 2),
+    ],
+    ids=["1 thread", "2 threads", "bfloat16"],
+)
 def test_batch_of_16_under_random_load_equals_solo_runs(
     make_core: Callable[..., EngineCore],
     build_request: Callable[..., EngineCoreRequest],
     solo: Callable[..., Any],
     recorder: Any,
     monkeypatch: pytest.MonkeyPatch,
-    threads: int,
+    options: dict[str, Any],
+    block_bytes: int,
 ) -> None:
+    if "dtype" in options and native.loaded_library() is None:
+        pytest.skip("torch computes bfloat16 as it does float32")
     requests = make_requests(build_request, 24)
-    expected = solo(requests, threads)
+    expected = solo(requests, options)
     # A third of them has a listener, and the device seems to be saturated.
     monkeypatch.setattr(RowTurns, "_is_worthwhile", lambda _: True)
     num_partial = 0
     # Few pages, so that requests are swapped out; small prefill steps, so that prompts are cut.
     core = make_core(
-        cpu_threads=threads,
         max_model_len=256,
-        kv_cache_memory=45 * _BLOCK_BYTES,
+        kv_cache_memory=45 * block_bytes,
         max_num_batched_tokens=48,
+        **options,
     )
     rng = random.Random(11)
     waiting, aborted = list(requests), set()

@@ -77,7 +77,7 @@ def test_the_published_model_fits_a_budget_of_24e9_bytes() -> None:
     weights = sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
     assert 10.7e9 < weights < 10.9e9  # 5.38 G weights, without the text head
     spec = model.spec
-    assert spec.kv_bytes_per_position == 114_688
+    assert spec.kv_bytes_per_position(torch.bfloat16) == 114_688
     graphs = len(batch_buckets(max_num_seqs)) * len(context_tiers(max_model_len))
     memory = CardMemory(
         total_bytes=24 * 10**9,
@@ -95,7 +95,7 @@ def test_the_published_model_fits_a_budget_of_24e9_bytes() -> None:
     num_blocks = num_kv_blocks(
         KVBudget.of_card(
             memory,
-            bytes_per_block=spec.kv_bytes_per_position * block_size,
+            bytes_per_block=spec.kv_bytes_per_position(torch.bfloat16) * block_size,
             block_size=block_size,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,

@@ -39,7 +39,8 @@ class Linear(Layer):
         weight = torch.empty(in_features, out_features, dtype=dtype).t()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self._native: PackedMatrix | None = None
-        self._rounds_inputs = False
+        # What torch multiplies as float32, though weights and inputs are rounded to less.
+        self._rounded_to: WeightFormat | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_features] -> [N, out_features]."""
@@ -52,20 +53,24 @@ class Linear(Layer):
 
         Args:
             quantization: int8 or int4, for a float32 weight on the CPU; None leaves its values.
+                Of bfloat16 on the CPU, inputs are rounded too, and sums stay float32.
 
         Raises:
             ValueError: the weight does not fit the format.
         """
         weight = self.weight.detach()
         quantized = None if quantization is None else quantize(weight, quantization)
-        is_native = weight.device.type == "cpu" and weight.dtype in _NATIVE_DTYPES
-        if is_native and native.loaded_library() is not None:
+        is_cpu = weight.device.type == "cpu"
+        if is_cpu and weight.dtype in _NATIVE_DTYPES and native.loaded_library() is not None:
             form = weight if quantized is None else quantized
             self._native = PackedMatrix(form, is_gated=self.is_gated)
             weight = weight.new_empty(0)
         else:
-            self._rounds_inputs = quantized is not None
-            weight = pack_weight(weight if quantized is None else quantized.dequantize())
+            if quantized is not None:
+                self._rounded_to, weight = quantization, quantized.dequantize()
+            elif is_cpu and weight.dtype == torch.bfloat16:
+                self._rounded_to, weight = WeightFormat.BFLOAT16, weight.float()
+            weight = pack_weight(weight)
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     @property
@@ -79,8 +84,10 @@ class Linear(Layer):
         return self._native
 
     def _multiply(self, x: Tensor) -> Tensor:
-        if not self._rounds_inputs:
+        if self._rounded_to is None:
             return linear(x, self.weight, self.row_quantum)
+        if self._rounded_to is WeightFormat.BFLOAT16:
+            return linear(x.bfloat16().float(), self.weight, self.row_quantum)
         rounded, scales = quantize_rows(x)
         return linear(rounded, self.weight, self.row_quantum).mul_(scales)
 

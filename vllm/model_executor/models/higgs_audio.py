@@ -35,6 +35,7 @@ from vllm.model_executor.layers import (
 )
 from vllm.model_executor.models.interface import ModelSpec
 from vllm.model_executor.weights import dequantized, iter_tensors, load_strict
+from vllm.platforms import activation_dtype
 
 __all__ = [
     "HiggsAudioModel",
@@ -78,21 +79,23 @@ class HiggsAudioModel(nn.Module):
     ) -> None:
         super().__init__()
         hidden_size = config.hidden_size
+        # Of what has this type, nothing is large: norms, angles, and the table of codes.
+        activations = activation_dtype(dtype, torch.get_default_device())
         self.config = config
-        self.spec = _spec(config, dtype, max_model_len)
+        self.spec = _spec(config, dtype, activations, max_model_len)
         self._row_quantum = DEFAULT_ROW_QUANTUM
         self.text_embedding = Embedding(config.vocab_size, hidden_size, dtype)
         self.audio_embedding = CodebookEmbedding(
-            config.num_codebooks, config.codebook_size, hidden_size, dtype
+            config.num_codebooks, config.codebook_size, hidden_size, activations
         )
         self.layers = nn.ModuleList(
-            _DualLayer(config, dtype) for _ in range(config.num_hidden_layers)
+            _DualLayer(config, dtype, activations) for _ in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(hidden_size, config.rms_norm_eps, dtype)
+        self.norm = RMSNorm(hidden_size, config.rms_norm_eps, activations)
         self.audio_head = Linear(hidden_size, config.num_codebooks * config.codebook_size, dtype)
         self.text_head = Linear(hidden_size, config.vocab_size, dtype) if with_text_head else None
         self.rotary = RotaryTable(
-            config.head_dim, max_model_len, config.rope_theta, config.rope_scaling, dtype
+            config.head_dim, max_model_len, config.rope_theta, config.rope_scaling, activations
         )
 
     @classmethod
@@ -169,7 +172,7 @@ class HiggsAudioModel(nn.Module):
 
     def embed_text(self, ids: Tensor) -> Tensor:
         embedded: Tensor = self.text_embedding(ids)
-        return embedded
+        return embedded.to(self.spec.activation_dtype)
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         embedded: Tensor = self.audio_embedding(codes)
@@ -292,17 +295,19 @@ class _Step(NamedTuple):
 class _DualLayer(Layer):
     """One decoder layer: shared attention, and norms and feed-forward for text and for audio."""
 
-    def __init__(self, config: HiggsAudioConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: HiggsAudioConfig, dtype: torch.dtype, activations: torch.dtype
+    ) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.attention = SelfAttention(
             size, config.num_attention_heads, config.num_key_value_heads, config.head_dim, dtype
         )
-        self.text_input_norm = RMSNorm(size, eps, dtype)
-        self.text_post_norm = RMSNorm(size, eps, dtype)
+        self.text_input_norm = RMSNorm(size, eps, activations)
+        self.text_post_norm = RMSNorm(size, eps, activations)
         self.text_ffn = FeedForward(size, config.intermediate_size, dtype)
-        self.audio_input_norm = RMSNorm(size, eps, dtype)
-        self.audio_post_norm = RMSNorm(size, eps, dtype)
+        self.audio_input_norm = RMSNorm(size, eps, activations)
+        self.audio_post_norm = RMSNorm(size, eps, activations)
         self.audio_ffn = FeedForward(size, config.intermediate_size, dtype)
 
     def forward(
@@ -443,7 +448,9 @@ def _split_tensor(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _spec(config: HiggsAudioConfig, dtype: torch.dtype, max_model_len: int) -> ModelSpec:
+def _spec(
+    config: HiggsAudioConfig, dtype: torch.dtype, activations: torch.dtype, max_model_len: int
+) -> ModelSpec:
     return ModelSpec(
         architecture=config.architecture,
         layout=config.layout,
@@ -457,5 +464,6 @@ def _spec(config: HiggsAudioConfig, dtype: torch.dtype, max_model_len: int) -> M
         stream_bos_id=config.stream_bos_id,
         stream_eos_id=config.stream_eos_id,
         dtype=dtype,
+        activation_dtype=activations,
         max_model_len=max_model_len,
     )

@@ -38,13 +38,13 @@ class ModelSpec:
     codebook_size: int
     stream_bos_id: int
     stream_eos_id: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the weights
+    activation_dtype: torch.dtype  # of what goes from layer to layer
     max_model_len: int
 
-    @property
-    def kv_bytes_per_position(self) -> int:
-        """Bytes of the KV cache that one position takes, over all layers."""
-        per_layer = 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+    def kv_bytes_per_position(self, kv_dtype: torch.dtype) -> int:
+        """Bytes that one position takes of a KV cache of ``kv_dtype``, over all layers."""
+        per_layer = 2 * self.num_kv_heads * self.head_dim * kv_dtype.itemsize
         return self.num_layers * per_layer
 
 

@@ -234,7 +234,11 @@ class CodebookModelState:
     ) -> DecodeStep | None:
         spec = self._model.spec
         is_served = can_decode(
-            self._device, spec.dtype, head_dim=spec.head_dim, codebook_size=spec.codebook_size
+            self._device,
+            activation_dtype=spec.activation_dtype,
+            kv_dtype=kv_caches[0].dtype,
+            head_dim=spec.head_dim,
+            codebook_size=spec.codebook_size,
         )
         if not is_served:
             return None

@@ -19,7 +19,7 @@ from vllm.kernels.linear import find_row_quantum
 from vllm.logger import get_logger
 from vllm.model_executor.codecs import ClipCache, Codec, load_codec
 from vllm.model_executor.models import SpeechModel, load_model
-from vllm.platforms import num_cores, select_platform
+from vllm.platforms import num_cores, resolve_kv_dtype, select_platform
 from vllm.v1.core.sched_output import SchedulerOutput
 from vllm.v1.outputs import CodecStats, ModelRunnerOutput
 from vllm.v1.worker.codec_runner import MAX_CUDA_BATCH, CodecRunner
@@ -88,6 +88,9 @@ class Worker:
             dtype=config.model.dtype,
             max_model_len=config.model.max_model_len,
             quantization=config.model.quantization,
+        )
+        self._kv_dtype = resolve_kv_dtype(
+            config.cache.kv_cache_dtype, self._model.spec.dtype, self._platform
         )
         num_threads = self._use_threads()
         codec = load_codec(codec_folder, device=device)
@@ -174,7 +177,8 @@ class Worker:
     def _kv_budget(self) -> KVBudget:
         cache = self._config.cache
         sizes = {
-            "bytes_per_block": self._model.spec.kv_bytes_per_position * cache.block_size,
+            "bytes_per_block": self._model.spec.kv_bytes_per_position(self._kv_dtype)
+            * cache.block_size,
             "block_size": cache.block_size,
             "max_model_len": self._config.model.max_model_len,
             "max_num_seqs": self._max_num_seqs,
@@ -216,7 +220,7 @@ class Worker:
             block_size,
             spec.num_kv_heads,
             spec.head_dim,
-            dtype=spec.dtype,
+            dtype=self._kv_dtype,
             device=device,
         )
         has_mirrors = _decodes_on_device(device)
