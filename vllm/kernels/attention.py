@@ -138,7 +138,6 @@ class FusedPlan:
     sight: _Sight
     tiles: PrefillTiles | None  # of a prefill
     max_context_len: int  # of a decode step
-    arrivals: Tensor  # int32 [N * num_kv_heads], zeros
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +156,7 @@ class AttentionPlan:
 def plan_attention(metadata: AttentionMetadata, cache: Tensor) -> AttentionPlan:
     """Prepare a step from its metadata and any layer's cache."""
     if _is_fused(cache):
-        fused = _plan_fused(metadata, cache)
+        fused = _plan_fused(metadata)
         return AttentionPlan(len(fused.slots), fused.slots, parts=(), sight=None, fused=fused)
     is_native = _is_native(cache)
     return AttentionPlan(
@@ -221,7 +220,6 @@ def fused_attention(
             *(rows, cos, signed_sin, cache, sight.block_tables, sight.tables, sight.positions),
             *(num_heads, scale),
             max_context_len=plan.max_context_len,
-            arrivals=plan.arrivals,
         )
     else:
         fused_write(qkv, cos, signed_sin, cache, plan, num_heads)
@@ -242,7 +240,7 @@ def _is_fused(cache: Tensor) -> bool:
     return cache.is_cuda and head_dim >= 16 and head_dim.bit_count() == 1
 
 
-def _plan_fused(metadata: AttentionMetadata, cache: Tensor) -> FusedPlan:
+def _plan_fused(metadata: AttentionMetadata) -> FusedPlan:
     if isinstance(metadata, DecodeMetadata):
         tiles, max_context_len = None, metadata.max_context_len
     else:
@@ -252,13 +250,11 @@ def _plan_fused(metadata: AttentionMetadata, cache: Tensor) -> FusedPlan:
             [each.block_table for each in metadata.sequences],
             [each.start for each in metadata.sequences],
         )
-    slots = metadata.slot_mapping
     return FusedPlan(
-        slots=slots,
+        slots=metadata.slot_mapping,
         sight=_see(metadata),
         tiles=tiles,
         max_context_len=max_context_len,
-        arrivals=torch.zeros(len(slots) * cache.shape[2], dtype=torch.int32, device=slots.device),
     )
 
 

@@ -136,7 +136,6 @@ def rope_write_attend(
     scale: float,
     *,
     max_context_len: int | None = None,
-    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new position for each of N sequences, which is written to the cache first.
 
@@ -154,7 +153,7 @@ def rope_write_attend(
         positions: int64 [N], the new position of each; not natively: -1 for padding.
         num_heads: of the queries.
         scale: factor on the scores.
-        max_context_len, arrivals: for CUDA, see ``triton/decode_attention.py``.
+        max_context_len: no position is this large; default: what the block tables hold.
 
     Returns:
         [N, num_heads * head_dim], each row alone in its bits; undefined for padding.
@@ -163,9 +162,7 @@ def rope_write_attend(
     if qkv.is_cuda:
         from vllm.kernels.triton import decode_attention as on_cuda
 
-        return on_cuda.rope_write_attend(
-            *arguments, max_context_len=max_context_len, arrivals=arrivals
-        )
+        return on_cuda.rope_write_attend(*arguments, max_context_len=max_context_len)
     lib = native.loaded_library()
     is_native = qkv.dtype == torch.float32 and can_attend(cache.dtype, cache.shape[4])
     if lib is None or not is_native:

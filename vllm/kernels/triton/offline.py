@@ -86,8 +86,9 @@ def compile_kernel(
     Args:
         kernel: ``module:function``.
         signature: name -> Triton's name of the type of each argument that is no constexpr: ``*bf16``,
-            ``fp32``, ``i32``. Pointers are taken to be aligned to 16 bytes; an integer that is a
-            multiple of 16, which a launch notices, ends in ``:16``.
+            ``fp32``, ``i32``. Pointers are taken to be aligned to 16 bytes, unless the kernel is not
+            to notice; an integer that is a multiple of 16, which a launch notices, ends in
+            ``:16``.
         constexprs: name -> value of each argument that is one.
         arch: compute capability, one of ``ARCHITECTURES``.
         num_warps: of a block.
@@ -106,7 +107,8 @@ def compile_kernel(
     for index, argument in enumerate(function.arg_names):
         kind = signature.get(argument, "constexpr")
         types[argument] = kind.removesuffix(":16")
-        if kind.startswith("*") or kind.endswith(":16"):
+        is_free = function.params[index].do_not_specialize_on_alignment
+        if (kind.startswith("*") and not is_free) or kind.endswith(":16"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, types, dict(constexprs), attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl}

@@ -84,7 +84,11 @@ def _num_warps(qkv: Tensor) -> int:
     return 4 if is_hopper or qkv.dtype == torch.float32 else 8
 
 
-@triton.jit
+# Compiled once: neither the width of a block table nor where a step's indices begin counts.
+@triton.jit(
+    do_not_specialize=["block_table_stride"],
+    do_not_specialize_on_alignment=["block_tables_ptr", "rows_ptr", "tiles_ptr"],
+)
 def prefill_attention_kernel(
     qkv_ptr,  # [N, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM]
     cos_ptr,  # [num_positions, HEAD_DIM]

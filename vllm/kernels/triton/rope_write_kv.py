@@ -36,7 +36,7 @@ def rope_write_kv(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"])
 def rope_write_kv_kernel(
     qkv_ptr,  # [N, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM]
     cos_ptr,  # [num_positions, HEAD_DIM]
