@@ -23,6 +23,7 @@ BOS, EOS = 1024, 1025
 IGNORED = -100
 _FRAMES_PER_CODEC_FRAME = 960 / 300  # of the teacher
 _TAIL_FRAMES = 2  # past the end, in which only the delayed codebooks still speak, that are learnt
+_LENGTH_STEP = 8
 
 
 class Batch(NamedTuple):
@@ -94,8 +95,8 @@ class Batches:
             codes = corpus.codes_of(index)
             delayed.append(delay(codes)[: len(codes) + 1 + _TAIL_FRAMES + 1])
             readings.append(alignment(corpus.durations_of(index), len(codes) + _TAIL_FRAMES + 1))
-        num_text = max(map(len, texts))
-        num_audio = max(map(len, delayed)) - 1
+        num_text = _rounded(max(map(len, texts)))
+        num_audio = _rounded(max(map(len, delayed)) - 1)
         shape = (len(texts), num_audio, 8)
         text = np.zeros((len(texts), num_text), np.int64)
         frames = np.full(shape, EOS, np.int64)
@@ -133,6 +134,11 @@ class Batches:
                 frames[begin:end] = drawn
             wanted -= span
         return frames
+
+
+def _rounded(length: int) -> int:
+    """The next multiple: a processor prepares a matrix product anew for each new shape."""
+    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
 
 
 def _targets(delayed: NDArray[np.int64]) -> NDArray[np.int64]:

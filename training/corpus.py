@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from training.features import FRAME
 
-__all__ = ["Corpus", "compress", "expand", "shard_path"]
+__all__ = ["Corpus", "compress", "expand", "said_sentences", "shard_path"]
 
 _MU = 255.0
 
@@ -24,6 +24,14 @@ _MU = 255.0
 def shard_path(folder: Path, index: int) -> Path:
     """Where part ``index`` of the teacher's speech lies."""
     return folder / f"shard-{index:03}.npz"
+
+
+def said_sentences(path: Path) -> frozenset[str]:
+    """Sentences of a shard, without its lists and single words."""
+    with np.load(path) as raw:
+        said = json.loads(str(raw["texts"]))
+    kinds = zip(said["texts"], said["kinds"], strict=True)
+    return frozenset(text for text, kind in kinds if kind == "sentence")
 
 
 @dataclass(frozen=True)

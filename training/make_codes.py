@@ -37,7 +37,7 @@ _FIT_SHARDS = 3
 _FIT_FRAMES = 60_000
 _ITERATIONS = 8
 _SHARE_POWER = 0.6  # of a phoneme's frames, for its share of the first codebook
-_HEARD_MINUTES = 30.0  # of samples kept for the decoder
+_HEARD_MINUTES = 20.0  # of samples kept for the decoder
 
 
 class Shard(NamedTuple):
@@ -193,13 +193,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shards", type=int, default=12)
+    parser.add_argument("--first", type=int, default=1, help="shard to begin with, after shard 0")
     parser.add_argument("--codebooks", type=Path, help="file to take them from instead of fitting")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     quantizer = Quantizer(**load_file(args.codebooks)) if args.codebooks else _fit_to(args.data)
     save_file(quantizer._asdict(), args.out / "codebooks.safetensors")
-    _encode_all(args.data, args.shards, quantizer).save(args.out / "corpus.safetensors")
+    indices = [0, *range(args.first, args.shards)]
+    _encode_all(args.data, indices, quantizer).save(args.out / "corpus.safetensors")
 
 
 def _fit_to(folder: Path) -> Quantizer:
@@ -216,11 +218,11 @@ def _labels(shard: Shard) -> list[NDArray[np.int64]]:
     return [frame_labels(*each[:2], len(each[2])) for each in parts]
 
 
-def _encode_all(folder: Path, num_shards: int, quantizer: Quantizer) -> Corpus:
+def _encode_all(folder: Path, indices: list[int], quantizer: Quantizer) -> Corpus:
     codes, symbols, durations, heard = [], [], [], []
     texts: list[str] = []
     seconds_heard = 0.0
-    for index in range(num_shards):
+    for index in indices:
         shard = read_shard(shard_path(folder, index))
         for features, labels in zip(shard.features, _labels(shard), strict=True):
             encoded = quantizer.encode(torch.from_numpy(features), torch.from_numpy(labels))

@@ -2,7 +2,7 @@
 
     python -m training.make_data --out DIR [--shards 12] [--minutes 30]
 
-Shard 0 is for validation and short. A shard that is there already is kept, so an interrupted run
+Shard 0 is for validation and short; no other shard says a sentence of it. A shard that is there already is kept, so an interrupted run
 goes on where it was; every shard comes from its own seed, whatever was made before it.
 """
 
@@ -10,33 +10,44 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from training.alphabet import SYMBOL_ID, split
-from training.corpus import shard_path
+from training.corpus import said_sentences, shard_path
 from training.lexicon import load_lexicon
 from training.teacher import HOP, SAMPLE_RATE, Teacher
-from training.text import TextSource, load_vocabulary, spell
+from training.text import FINAL_KINDS, KINDS, TextSource, load_vocabulary, spell
 
 SPEED = 0.72  # of the teacher; slow, so that short sounds get a codec frame of their own
 _VALIDATION_MINUTES = 8.0
 _MAX_SECONDS = 6.0
 
 
-def make_shard(path: Path, index: int, minutes: float, teacher: Teacher) -> None:
-    """Write one shard: utterances until they last ``minutes``."""
+def make_shard(
+    path: Path,
+    index: int,
+    minutes: float,
+    teacher: Teacher,
+    *,
+    kinds: Mapping[str, float] = KINDS,
+    held_out: frozenset[str] = frozenset(),
+) -> None:
+    """Write one shard: utterances until they last ``minutes``, none of them ``held_out``."""
     rng = np.random.default_rng([2026, index])
     lexicon, rare = load_lexicon(), teacher.rare_words()
-    source = TextSource(rng, load_vocabulary(), sorted(rare))
+    source = TextSource(rng, load_vocabulary(), sorted(rare), kinds=kinds)
     spellings = rare | lexicon
     texts, kinds, symbols, durations, f0, samples = [], [], [], [], [], []
     total, wanted = 0, int(minutes * 60 * SAMPLE_RATE)
     with tqdm(total=round(minutes, 1), desc=path.name, unit="min", mininterval=2) as progress:
         while total < wanted:
             text, kind = source.draw()
+            if text in held_out:
+                continue
             phonemes = spell(text, spellings)
             spoken = teacher.speak(phonemes, speed=SPEED, seed=len(texts))
             if len(spoken.samples) > _MAX_SECONDS * SAMPLE_RATE:
@@ -69,6 +80,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=12)
     parser.add_argument("--first", type=int, default=0, help="shard to begin with")
     parser.add_argument("--minutes", type=float, default=30.0, help="of speech in a shard")
+    parser.add_argument("--sentences", action="store_true", help="more than half of the texts")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     teacher = Teacher()
@@ -76,7 +88,9 @@ def main() -> None:
         path = shard_path(args.out, index)
         if not path.exists():
             minutes = args.minutes if index else _VALIDATION_MINUTES
-            make_shard(path, index, minutes, teacher)
+            held_out = said_sentences(shard_path(args.out, 0)) if index else frozenset()
+            kinds = FINAL_KINDS if args.sentences else KINDS
+            make_shard(path, index, minutes, teacher, kinds=kinds, held_out=held_out)
 
 
 if __name__ == "__main__":

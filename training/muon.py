@@ -1,7 +1,6 @@
 """The Muon optimizer (Jordan et al., 2024): momentum whose matrices are made orthogonal.
 
-Every direction of a weight matrix moves equally far in a step. The iteration is in float32, since
-bfloat16 products are slow on processors that lack them.
+Every direction of a weight matrix moves equally far in a step.
 """
 
 from __future__ import annotations
@@ -22,8 +21,15 @@ class Muon(Optimizer):
     """For the matrices inside a network; embeddings, heads and gains need another optimizer."""
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float = 0.02, momentum: float = 0.95
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        """``dtype``: of the iteration; bfloat16 is slow on processors without its products."""
+        self._dtype = dtype
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -36,7 +42,8 @@ class Muon(Optimizer):
             for shape, weights in by_shape.items():
                 updates = torch.stack([self._momentum(each, group["momentum"]) for each in weights])
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                for weight, update in zip(weights, _orthogonal(updates), strict=True):
+                steps = _orthogonal(updates.to(self._dtype))
+                for weight, update in zip(weights, steps, strict=True):
                     weight.add_(update, alpha=-group["lr"] * scale)
 
     def _momentum(self, weight: Tensor, decay: float) -> Tensor:

@@ -47,26 +47,35 @@ class _Attention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, num_taught: int
+        self, x: Tensor, first: int, rotary: tuple[Tensor, Tensor], mask: Tensor, num_taught: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Output [B, T, width], and log-attention [B, num_taught, T, T] of the first heads."""
-        batch, length, width = x.shape
+        """Output [B, T - first, width] and log-attention [B, num_taught, T - first, T].
+
+        Args:
+            x: [B, T, width].
+            first: place of the first query; the places before it are only looked at.
+            rotary: cosines and signed sines [T, width / heads].
+            mask: float32 [B, 1, T, T], what is added to scores.
+            num_taught: of the first heads, those whose log-attention is wanted.
+        """
         query, key, value = (
-            projection(x).view(batch, length, self.num_heads, -1).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(each).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection, each in (
+                (self.q_proj, x[:, first:]),
+                (self.k_proj, x),
+                (self.v_proj, x),
+            )
         )
-        query, key = _rotate(query, *rotary), _rotate(key, *rotary)
-        taught = None
-        if num_taught:
-            scores = query[:, :num_taught] @ key[:, :num_taught].transpose(-1, -2)
-            scores = scores * query.shape[-1] ** -0.5
-            taught = scores.masked_fill(~mask, -1e9).log_softmax(-1)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.o_proj(attended.transpose(1, 2).reshape(batch, length, width)), taught
+        query = _rotate(query * query.shape[-1] ** -0.5, *(each[first:] for each in rotary))
+        # Written out: PyTorch's fused attention is slow on a CPU when it is masked and bfloat16.
+        scores = (query @ _rotate(key, *rotary).transpose(-1, -2)).float() + mask[:, :, first:]
+        taught = scores[:, :num_taught].log_softmax(-1) if num_taught else None
+        attended = scores.softmax(-1).to(value.dtype) @ value
+        return self.o_proj(attended.transpose(1, 2).flatten(2)), taught
 
 
 def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * signed_sin
+    return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, -1) * signed_sin.to(x.dtype)
 
 
 class _FeedForward(nn.Module):
@@ -94,12 +103,18 @@ class _Layer(nn.Module):
         num_text: int,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor,
+        *,
         num_taught: int,
+        is_last: bool,
     ) -> tuple[Tensor, Tensor | None]:
+        """[B, T, width] -> the same, or of the last layer [B, T - num_text, width]; log-attention."""
         text, audio = x[:, :num_text], x[:, num_text:]
         normed = torch.cat([self.input_layernorm(text), self.audio_input_layernorm(audio)], 1)
-        attended, taught = self.self_attn(normed, rotary, mask, num_taught)
-        x = x + attended
+        first = num_text if is_last else 0
+        attended, taught = self.self_attn(normed, first, rotary, mask, num_taught)
+        x = x[:, first:] + attended
+        if is_last:  # nothing is read off the text
+            return x + self.audio_mlp(self.audio_post_attention_layernorm(x)), taught
         text, audio = x[:, :num_text], x[:, num_text:]
         fed = [
             self.mlp(self.post_attention_layernorm(text)),
@@ -197,19 +212,23 @@ class Network(nn.Module):
         rotary = self._rotary(length, x.device)
         taught: dict[tuple[int, int], Tensor] = {}
         mask = _causal_mask(num_padding, length)
+        last = len(body.layers) - 1
         for index, layer in enumerate(body.layers):
             heads = [head for at, head in (*CURRENT_HEADS, *NEXT_HEADS) if at == index]
-            x, attention = layer(x, num_text, rotary, mask, len(heads) if self.training else 0)
+            num_taught = len(heads) if self.training else 0
+            x, attention = layer(
+                x, num_text, rotary, mask, num_taught=num_taught, is_last=index == last
+            )
             if attention is not None:
                 for head in heads:
-                    taught[index, head] = attention[:, head, num_text:, :num_text]
-        return body.norm(x[:, num_text:]), list(taught.values())
+                    taught[index, head] = attention[:, head, -frames.shape[1] :, :num_text]
+        return body.norm(x), list(taught.values())
 
     def logits(self, hidden: Tensor, first: int, count: int) -> Tensor:
-        """Logits [N, count, 1026] of some codebooks for hidden states [N, hidden_size]."""
+        """float32 logits [N, count, 1026] of some codebooks for hidden states [N, hidden_size]."""
         size = self.sizes.codebook_size
         rows = self.audio_lm_head.weight[first * size : (first + count) * size]
-        return F.linear(hidden, rows).view(-1, count, size)
+        return F.linear(hidden, rows).float().view(-1, count, size)
 
     def _rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         half = self.sizes.hidden_size // self.sizes.num_attention_heads // 2
@@ -222,9 +241,10 @@ class Network(nn.Module):
 
 
 def _causal_mask(num_padding: Tensor, length: int) -> Tensor:
-    """bool [B, 1, length, length]; padding sees itself, so that no row is empty."""
+    """float32 [B, 1, length, length] to add; padding sees itself, so that no row is empty."""
     places = torch.arange(length, device=num_padding.device)
     causal = places[:, None] >= places
     known = places >= num_padding[:, None]  # [B, length]
     itself = torch.eye(length, dtype=torch.bool, device=places.device)
-    return ((causal & known[:, None]) | itself)[:, None]
+    seen = (causal & known[:, None]) | itself
+    return torch.where(seen, 0.0, -1e9)[:, None]

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["KINDS", "TextSource", "all_words", "load_vocabulary", "spell"]
+__all__ = ["FINAL_KINDS", "KINDS", "TextSource", "all_words", "load_vocabulary", "spell"]
 
 _WORDS = Path(__file__).with_name("words.txt")
 
 #: Kind of text -> share of the utterances.
 KINDS = {"word": 0.2, "list": 0.35, "sentence": 0.27, "open": 0.18}
+#: The same for last, when the model has learnt to read.
+FINAL_KINDS = {"word": 0.05, "list": 0.25, "sentence": 0.6, "open": 0.1}
 
 # A template is words and [classes]; a|b draws one of the two.
 _TEMPLATES = (
@@ -88,9 +90,15 @@ class TextSource:
     """Draws texts, words and marks parted by spaces; equal generators give equal texts."""
 
     def __init__(
-        self, rng: np.random.Generator, classes: Mapping[str, Sequence[str]], rare: Sequence[str]
+        self,
+        rng: np.random.Generator,
+        classes: Mapping[str, Sequence[str]],
+        rare: Sequence[str],
+        *,
+        kinds: Mapping[str, float] = KINDS,
     ) -> None:
         """``rare``: words beside the vocabulary, for reading what was never seen."""
+        self._kinds = kinds
         self._rng = rng
         self._classes = {**classes, "when": _WHEN, "things": classes["plural"]}
         self._words = sorted({word for words in classes.values() for word in words})
@@ -98,7 +106,7 @@ class TextSource:
 
     def draw(self) -> tuple[str, str]:
         """A text and its kind."""
-        kind = str(self._rng.choice(list(KINDS), p=list(KINDS.values())))
+        kind = str(self._rng.choice(list(self._kinds), p=list(self._kinds.values())))
         if kind == "word":
             words = self._some(self._words, 1 if self._rng.random() < 0.6 else 2)
             return self._list(words, 0.3), kind

@@ -28,8 +28,8 @@ from training.runs import Run, add_run_arguments
 # Words live in the first codebooks, so most of the loss is theirs.
 _WEIGHTS = (3.0, 3.0, 1.5, 0.8, 0.5, 0.3, 0.2, 0.2)
 _LABEL_WEIGHT = 0.7  # of naming the sound right, beside the codes
-_NUM_SURE = 2  # codebooks that every frame is learnt for; the others learn from a share of frames
-_SHARE = 1 / 5
+_NUM_SURE = 2  # codebooks that every frame is learnt for; the others learn from one in this many
+_SHARE = 5
 _NUM_VALIDATED = 96
 _ADAM_RATE = 2e-3  # at a Muon rate of 0.02
 
@@ -41,26 +41,31 @@ def main() -> None:
     parser.add_argument("--damage", type=float, default=0.15, help="share of context replaced")
     parser.add_argument("--validate-every", type=int, default=100)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="matrix products; where the processor has them"
+    )
     add_run_arguments(parser, steps=3000, batch=24, rate=0.02)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
+    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
     network = Network(Sizes(NUM_TOKENS, num_hidden_layers=args.layers)).to(device)
     quantizer = load_file(args.data / "codebooks.safetensors")
     labels = quantizer["label_of_code"]
     network.know_codes(quantizer["codebooks"], _text_ids(labels))
     labels = labels.to(device)
-    run = Run(args, "lm", network, _optimizers(network, args.rate))
+    run = Run(args, "lm", network, _optimizers(network, args.rate, dtype))
     corpus = Corpus.load(args.data / "corpus.safetensors")
     batches = Batches(corpus, seed=args.seed + run.step, damage=args.damage)
     for batch in run.steps(batches.training(args.batch)):
-        loss, figures = _loss(network, batch.to(device), labels, args.guide)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bfloat16):
+            loss, figures = _loss(network, batch.to(device), labels, args.guide)
         run.update(loss, figures)
         if (run.step + 1) % args.validate_every == 0:
             run.log(validate(network, corpus, device))
 
 
-def _optimizers(network: Network, rate: float) -> list[torch.optim.Optimizer]:
+def _optimizers(network: Network, rate: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     inner, outer = [], []
     for name, weight in network.named_parameters():
         # Muon costs as much for a matrix of the text's half as for one of the audio's, and the
@@ -68,9 +73,9 @@ def _optimizers(network: Network, rate: float) -> list[torch.optim.Optimizer]:
         is_inner = weight.dim() == 2 and ".layers." in name and ".mlp." not in name
         (inner if is_inner else outer).append(weight)
     adam = torch.optim.AdamW(
-        outer, lr=rate / 0.02 * _ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0
+        outer, lr=rate / 0.02 * _ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
-    return [Muon(inner, lr=rate), adam]
+    return [Muon(inner, lr=rate, dtype=dtype), adam]
 
 
 def _text_ids(labels: Tensor) -> Tensor:
@@ -86,14 +91,15 @@ def _loss(
 ) -> tuple[Tensor, dict[str, float]]:
     hidden, taught = network(batch.text, batch.num_padding, batch.frames)
     known = (batch.targets != IGNORED).any(-1)
-    hidden, targets = hidden[known], batch.targets[known]
-    sure = _entropies(network, hidden, targets, 0, _NUM_SURE)
-    some = torch.rand(len(hidden), device=hidden.device) < _SHARE
-    rest = _entropies(network, hidden[some], targets[some], _NUM_SURE, 8 - _NUM_SURE)
+    hidden, targets = hidden.flatten(0, 1), batch.targets.flatten(0, 1)
+    logits = network.logits(hidden, 0, _NUM_SURE)
+    sure = _entropies(logits, targets[:, :_NUM_SURE])
+    some = torch.randperm(len(hidden), device=hidden.device)[: len(hidden) // _SHARE]
+    rest = _entropies(network.logits(hidden[some], _NUM_SURE, 6), targets[some, _NUM_SURE:])
     entropies = torch.cat([sure, rest])
     weights = torch.tensor(_WEIGHTS, device=hidden.device)
     loss = (entropies * weights).sum() / weights.sum()
-    label = _label_entropy(network, hidden, targets[:, 0], labels)
+    label = _label_entropy(logits[:, 0], targets[:, 0], labels)
     guide = _guide_loss(taught, batch.reading, known)
     figures = {"loss": float(loss.detach()), "guide": float(guide.detach())}
     figures |= {"label": float(label.detach())}
@@ -101,25 +107,23 @@ def _loss(
     return loss + _LABEL_WEIGHT * label + guide_weight * guide, figures
 
 
-def _label_entropy(network: Network, hidden: Tensor, codes: Tensor, labels: Tensor) -> Tensor:
+def _label_entropy(logits: Tensor, codes: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of what is spoken, whichever first code says so."""
-    spoken = codes < len(labels)  # neither ignored nor the end
-    spoken &= codes >= 0
-    log_codes = network.logits(hidden[spoken], 0, 1)[:, 0, : len(labels)].log_softmax(-1)
-    wanted = labels[codes[spoken]]
-    is_other = labels != wanted[:, None]
-    return -log_codes.masked_fill(is_other, -torch.inf).logsumexp(-1).mean()
+    logits = logits[:, : len(labels)]
+    spoken = (codes >= 0) & (codes < len(labels))  # neither ignored nor the end
+    wanted = labels[codes.where(spoken, 0)]
+    among = logits.masked_fill(labels != wanted[:, None], -torch.inf)
+    each = logits.logsumexp(-1) - among.logsumexp(-1)
+    return each.where(spoken, 0).sum() / spoken.sum()
 
 
-def _entropies(network: Network, hidden: Tensor, targets: Tensor, first: int, count: int) -> Tensor:
-    """Mean cross entropy of each of ``count`` codebooks, in nats."""
-    logits = network.logits(hidden, first, count)
-    wanted = targets[:, first : first + count]
+def _entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of each codebook, in nats, of logits [N, count, 1026]."""
     each = F.cross_entropy(
-        logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    counts = (wanted != IGNORED).sum(0).clamp(min=1)
-    return each.view(-1, count).sum(0) / counts
+    counts = (targets != IGNORED).sum(0).clamp(min=1)
+    return each.view(targets.shape).sum(0) / counts
 
 
 def _guide_loss(taught: list[Tensor], reading: Tensor, known: Tensor) -> Tensor:
@@ -158,7 +162,7 @@ def validate(network: Network, corpus: Corpus, device: torch.device) -> dict[str
             batch = batches.make(indices, damaged=False, shuffled=shuffled).to(device)
             hidden, _ = network(batch.text, batch.num_padding, batch.frames)
             known = (batch.targets != IGNORED).any(-1)
-            found = _entropies(network, hidden[known], batch.targets[known], 0, 2)
+            found = _entropies(network.logits(hidden[known], 0, 2), batch.targets[known, :2])
             share = len(indices) / count
             totals += share * np.array([found[0], 0, 0] if shuffled else [0, *found])
     network.train()

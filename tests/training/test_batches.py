@@ -1,10 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from training.alphabet import SYMBOLS
 from training.batches import BOS, EOS, IGNORED, Batches, alignment, delay
-from training.corpus import Corpus, compress, expand
+from training.corpus import Corpus, compress, expand, said_sentences
 from training.prompt import FIRST_SYMBOL_ID, PREFIX, SUFFIX
 from vllm.model_executor.framing import DelayPattern
 
@@ -43,6 +45,12 @@ def test_a_corpus_survives_its_file(corpus, tmp_path):
         np.testing.assert_array_equal(loaded.codes_of(index), corpus.codes_of(index))
         assert len(loaded.durations_of(index)) == len(loaded.symbols_of(index)) + 2
     assert len(loaded.samples_of(2)) == 960 * len(loaded.codes_of(2))
+
+
+def test_only_sentences_of_the_validation_shard_are_held_out(tmp_path):
+    said = {"texts": ["good .", "this is a test ."], "kinds": ["word", "sentence"]}
+    np.savez(tmp_path / "shard.npz", texts=np.array(json.dumps(said)))
+    assert said_sentences(tmp_path / "shard.npz") == {"this is a test ."}
 
 
 def test_eight_bits_keep_samples_to_within_a_few_percent():

@@ -3,7 +3,7 @@ import pytest
 
 from training.alphabet import SYMBOL_ID, SYMBOLS, from_teacher, split, to_teacher
 from training.lexicon import load_lexicon
-from training.text import KINDS, TextSource, all_words, load_vocabulary, spell
+from training.text import FINAL_KINDS, KINDS, TextSource, all_words, load_vocabulary, spell
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,13 @@ def test_all_kinds_are_drawn_and_can_be_spelt(lexicon):
         kinds.add(kind)
         assert spell(text, spellings)[-1] in ".?!"
     assert kinds == set(KINDS)
+
+
+def test_the_last_texts_are_mostly_sentences():
+    texts = TextSource(np.random.default_rng(0), load_vocabulary(), ["zebra"], kinds=FINAL_KINDS)
+    kinds = [texts.draw()[1] for _ in range(300)]
+    assert kinds.count("sentence") > 150
+    assert set(kinds) == set(FINAL_KINDS)
 
 
 def test_marks_stand_right_after_their_words(lexicon):
