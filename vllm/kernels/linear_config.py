@@ -30,10 +30,9 @@ _SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a block, by
 _SMALL_SHARED_BYTES = 99 << 10  # of all others
 # Two blocks of this size fit a multiprocessor of a large card, so that one can start beside another.
 _POLITE_BYTES = 112 << 10
-_MIN_PROGRAMS = 192  # half more than the multiprocessors of a large card
+_MIN_PROGRAMS = 128  # nearly one for each multiprocessor of a large card
 _MAX_SPLITS = 8
 _MIN_SPLIT_INPUTS = 512
-_MIN_SEQUENTIAL_PROGRAMS = 128
 _FLOAT32_BLOCK_INPUTS = 32  # without tensor cores, larger blocks only make more code
 _STAGES = (4, 3, 2)
 
@@ -119,7 +118,7 @@ def find_config(
         block_inputs=block_inputs,
         split_inputs=split_inputs,
         num_splits=num_splits,
-        is_sequential=num_splits == 1 or num_programs >= _MIN_SEQUENTIAL_PROGRAMS,
+        is_sequential=num_splits == 1 or num_programs >= _MIN_PROGRAMS,
         num_warps=8 if block_rows == _MAX_BLOCK_ROWS else 4,
         num_stages=_num_stages(arch, stage_bytes),
         is_measured=False,
@@ -144,7 +143,7 @@ def _table() -> Mapping[str, Any]:
 def _with_measured(rule: LinearConfig, entry: Mapping[str, Any]) -> LinearConfig:
     choices = {
         name: entry[name]
-        for name in ("provider", "is_sequential", "num_warps", "num_stages")
+        for name in ("provider", "block_outputs", "is_sequential", "num_warps", "num_stages")
         if name in entry
     }
     times = (entry["triton_us"], entry["cublas_us"])

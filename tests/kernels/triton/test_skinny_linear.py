@@ -406,9 +406,9 @@ def compile_product(
 def wanted(arch: int, num_rows: int) -> tuple[str, str]:
     """Instructions of a good main loop: loads that are pipelined, products on tensor cores.
 
-    Those of Hopper are as wide as the tile of rows.
+    Those of Hopper are as wide as the tile of rows, of which two groups of warps take half each.
     """
-    width = min(linear_config.row_bucket(num_rows), 128)
+    width = min(linear_config.row_bucket(num_rows), 64)
     return ("LDGSTS", f"HGMMA.64x{width}x16" if arch >= 90 else "HMMA.16816")
 
 
