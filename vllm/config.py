@@ -69,8 +69,10 @@ class ModelConfig:
         "number type of the weights: bfloat16 on CUDA and float32 on CPU when auto",
         aliases={"half": "float16", "float": "float32"},
     )
-    quantization: Literal["int8", "int4"] | None = _option(
-        None, "weights of the CPU in fewer bits: int8 or int4; default: as the checkpoint was saved"
+    quantization: Literal["int8", "int4", "fp8"] | None = _option(
+        None,
+        "weights in fewer bits: int8, int4 (CPU only) or fp8 (CUDA only); "
+        "default: as the checkpoint was saved",
     )
     max_model_len: int = _option(
         8192, "positions of one request: prompt plus audio frames", thousands=True
@@ -82,8 +84,8 @@ class ModelConfig:
             f"--max-model-len {self.max_model_len}: from 64 to {_MAX_POSITIONS}",
         )
         _require(
-            self.quantization in (None, "int8", "int4"),
-            f"--quantization {self.quantization!r}: int8 or int4",
+            self.quantization in (None, "int8", "int4", "fp8"),
+            f"--quantization {self.quantization!r}: int8, int4 or fp8",
         )
 
 

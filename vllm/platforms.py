@@ -59,6 +59,14 @@ class Platform:
         """What ``dtype="auto"`` means here."""
         return torch.bfloat16 if self.is_cuda else torch.float32
 
+    @property
+    def compute_capability(self) -> int | None:
+        """90 for 9.0; None where there is no CUDA."""
+        if not self.is_cuda:
+            return None
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return 10 * major + minor
+
     def memory(self) -> MemoryFigures:
         """Memory now."""
         if self.is_cuda:

@@ -14,6 +14,7 @@ from vllm.kernels import native
 from vllm.kernels.attention import DecodeMetadata
 from vllm.kernels.cache import allocate_kv_caches
 from vllm.kernels.fused_step import FusedRows, FusedStep
+from vllm.kernels.quantize import WeightFormat
 from vllm.model_executor.models.higgs_audio import HiggsAudioModel
 
 BLOCK_SIZE, NUM_BLOCKS, NUM_ROWS = 16, 24, 4  # the last row and block are spare
@@ -74,6 +75,14 @@ def test_logits_and_pages_are_those_of_the_layers(case: Case) -> None:
     for cache, page in zip(case.caches, pages, strict=True):
         torch.testing.assert_close(cache, page, rtol=2e-4, atol=2e-5)
     assert not torch.equal(case.caches[0], before[0])
+
+
+def test_fp8_weights_are_those_of_the_layers(case: Case) -> None:
+    case.model.pack(WeightFormat.FP8)
+    rows, positions = torch.tensor([2, 0, 1]), torch.tensor([17, 0, 79])
+    expected = case.by_layers(rows, positions)
+    logits = case.fused()(rows, positions, MAX_LEN)
+    torch.testing.assert_close(logits, expected, rtol=2e-4, atol=2e-5)
 
 
 def test_idle_rows_write_nothing(case: Case) -> None:

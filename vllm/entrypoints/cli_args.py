@@ -70,7 +70,7 @@ PARALLEL_SIZES = (
 
 # upstream flag -> what to use instead
 REFUSED_FLAGS: dict[str, str] = {
-    "-q": "--quantization int8 or --quantization int4, on the CPU",
+    "-q": "--quantization int8, --quantization int4 or --quantization fp8",
     "--calculate-kv-scales": "the KV cache has no scales; see --kv-cache-dtype",
     "--load-format": "the layout of a checkpoint is detected; convert others to safetensors",
     "--config-format": "the layout of a checkpoint is detected",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vllm.kernels.decode_attention import rope_write_attend
 from vllm.kernels.linear_config import SUM_WIDTH
-from vllm.kernels.quantize import QuantizedWeight
+from vllm.kernels.quantize import QuantizedWeight, WeightFormat
 from vllm.kernels.skinny_linear import (
     LinearWorkspace,
     ResidualRows,
@@ -78,6 +78,10 @@ def can_fuse(device: torch.device, *, hidden_size: int, head_dim: int) -> bool:
     return device.type == "cuda" and hidden_size % SUM_WIDTH == 0 and has_heads
 
 
+def _is_fp8(matrix: Matrix) -> bool:
+    return isinstance(matrix, QuantizedWeight) and matrix.format is WeightFormat.FP8
+
+
 class FusedStep:
     """Computes logits of rows, and writes the keys and values of their last frames.
 
@@ -102,6 +106,9 @@ class FusedStep:
         self._rows = rows
         table = weights.embedding
         device, dtype = table.device, table.dtype
+        # fp8 becomes float16 in fewer instructions than bfloat16, and float16 holds these inputs.
+        has_fp8 = any(_is_fp8(each) for each in (weights.layers[0].qkv, weights.head))
+        product_dtype = torch.float16 if has_fp8 and dtype == torch.bfloat16 else dtype
         first = weights.layers[0]
         matrices = [weights.head]
         for layer in weights.layers[:1]:  # all layers are alike
@@ -113,10 +120,12 @@ class FusedStep:
             device=device,
             batch_invariant=batch_invariant,
         )
-        self._stream = ResidualRows.allocate(max_batch, table.shape[1], dtype, device)
+        self._stream = ResidualRows.allocate(
+            max_batch, table.shape[1], dtype, device, product_dtype
+        )
         self._qkv = torch.empty(max_batch, first.qkv.shape[0], dtype=dtype, device=device)
         gated_width = first.gate_up.shape[0] // 2
-        self._gated = torch.empty(max_batch, gated_width, dtype=dtype, device=device)
+        self._gated = torch.empty(max_batch, gated_width, dtype=product_dtype, device=device)
         self._logits = torch.empty(max_batch, weights.head.shape[0], device=device)
         # How many splits of a row and head have been attended to; zeros between launches.
         num_arrivals = max_batch * rows.kv_caches[0].shape[2]

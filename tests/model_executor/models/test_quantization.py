@@ -14,9 +14,12 @@ from vllm.checkpoints.make_model import make_model
 from vllm.config import ModelConfig
 from vllm.exceptions import CheckpointError, ConfigError
 from vllm.kernels import native
+from vllm.kernels.quantize import WeightFormat
 from vllm.model_executor.models import load_model
+from vllm.model_executor.models.higgs_audio import HiggsAudioModel
 from vllm.model_executor.models.interface import SpeechModel
 from vllm.model_executor.weights import iter_tensors
+from vllm.platforms import Platform
 
 FORMATS = ["int8", "int4"]
 
@@ -125,11 +128,59 @@ def test_only_float32_is_quantised(plain_folder: Path) -> None:
         load_model(plain_folder, max_model_len=16, dtype="bfloat16", quantization="int8")
 
 
-def test_cuda_is_refused(plain_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="on the CPU only"):
-        load_model(
-            plain_folder, device="cuda", dtype="float32", max_model_len=16, quantization="int8"
-        )
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claims a CUDA card of compute capability 8.0, as far as loading looks before it loads."""
+    capability = property(lambda platform: 80 if platform.is_cuda else None)
+    monkeypatch.setattr(Platform, "compute_capability", capability)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [("int4", "on the CPU only.* fp8"), ("fp8", r"8\.9, and this card has 8\.0; .* int8")],
+)
+@pytest.mark.usefixtures("card")
+def test_a_card_refuses_what_it_cannot(plain_folder: Path, quantization: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_on_card(plain_folder, quantization)
+
+
+@pytest.mark.usefixtures("card")
+def test_a_card_refuses_weights_rounded_for_the_cpu(saved: tuple[str, Path]) -> None:
+    quantization, folder = saved
+    with pytest.raises(ConfigError, match=f"holds {quantization} weights, which are for the CPU"):
+        load_on_card(folder, None)
+
+
+def load_on_card(folder: Path, quantization: str | None) -> SpeechModel:
+    return load_model(
+        folder, device="cuda", dtype="float16", max_model_len=16, quantization=quantization
+    )
+
+
+def test_the_cpu_refuses_fp8(plain_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"on CUDA only; .* int8"):
+        load_model(plain_folder, max_model_len=16, quantization="fp8")
+
+
+def test_fp8_weights_diverge_less_than_int4_ones(plain_folder: Path) -> None:
+    """In torch, which computes on a CPU what a card would, in float32."""
+    exact, int4 = (
+        load_model(plain_folder, max_model_len=64, quantization=each) for each in (None, "int4")
+    )
+    fp8 = HiggsAudioModel.from_folder(
+        plain_folder,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        max_model_len=64,
+        with_text_head=False,
+        quantization=WeightFormat.FP8,
+    )
+    found, other = (
+        measure_divergence(exact, model, torch.arange(9), num_frames=12) for model in (fp8, int4)
+    )
+    assert 1e-3 < found.logit_error < min(0.2, other.logit_error)
+    assert found.sample_agreement > 0.6
 
 
 def test_somebody_elses_quantisation_is_refused(plain_folder: Path, tmp_path: Path) -> None:
@@ -141,5 +192,5 @@ def test_somebody_elses_quantisation_is_refused(plain_folder: Path, tmp_path: Pa
 
 
 def test_unknown_format_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--quantization 'int3': int8 or int4"):
+    with pytest.raises(ConfigError, match="--quantization 'int3': int8, int4 or fp8"):
         ModelConfig(quantization="int3")  # type: ignore[arg-type]

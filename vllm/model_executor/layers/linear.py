@@ -1,12 +1,13 @@
 """Linear maps without bias, alone or several side by side in one matrix.
 
 Owns the weights, and chooses once they are loaded who multiplies by them: the native library or
-torch. How either makes a row's result independent of the batch is ``kernels``' business.
+torch, or on CUDA a kernel of decode steps. How either makes a row's result independent of the batch is ``kernels``' business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,13 @@ from torch import Tensor, nn
 from vllm.kernels import native
 from vllm.kernels.linear import DEFAULT_ROW_QUANTUM, linear, pack_weight
 from vllm.kernels.packed_linear import PackedMatrix
-from vllm.kernels.quantize import WeightFormat, quantize, quantize_rows
+from vllm.kernels.quantize import (
+    QuantizedWeight,
+    WeightFormat,
+    quantize,
+    quantize_rows,
+    weight_only_linear,
+)
 from vllm.kernels.reference import silu_mul
 from vllm.model_executor.layers.layer import Layer
 
@@ -41,6 +48,8 @@ class Linear(Layer):
         self._native: PackedMatrix | None = None
         # What torch multiplies as float32, though weights and inputs are rounded to less.
         self._rounded_to: WeightFormat | None = None
+        # What products take with inputs as they are.
+        self._weight_only: QuantizedWeight | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_features] -> [N, out_features]."""
@@ -52,8 +61,9 @@ class Linear(Layer):
         """Bring the loaded weight into the form of its products; nothing is loaded after it.
 
         Args:
-            quantization: int8 or int4, for a float32 weight on the CPU; None leaves its values.
-                Of bfloat16 on the CPU, inputs are rounded too, and sums stay float32.
+            quantization: int8 or int4 for a float32 weight on the CPU, int8 or fp8 for any on
+                CUDA; None leaves its values. Of bfloat16 on the CPU, inputs are rounded too, and
+                sums stay float32.
 
         Raises:
             ValueError: the weight does not fit the format.
@@ -61,7 +71,10 @@ class Linear(Layer):
         weight = self.weight.detach()
         quantized = None if quantization is None else quantize(weight, quantization)
         is_cpu = weight.device.type == "cpu"
-        if is_cpu and weight.dtype in _NATIVE_DTYPES and native.loaded_library() is not None:
+        if quantized is not None and (quantized.format is WeightFormat.FP8 or not is_cpu):
+            self._weight_only = replace(quantized, values=quantized.values.contiguous())
+            weight = weight.new_empty(0)
+        elif is_cpu and weight.dtype in _NATIVE_DTYPES and native.loaded_library() is not None:
             form = weight if quantized is None else quantized
             self._native = PackedMatrix(form, is_gated=self.is_gated)
             weight = weight.new_empty(0)
@@ -83,7 +96,14 @@ class Linear(Layer):
         assert self._native is not None
         return self._native
 
+    def skinny_weight(self) -> Tensor | QuantizedWeight:
+        """The weight for ``kernels.skinny_linear``, contiguous; only where ``uses_torch`` is true."""
+        assert self._native is None
+        return self.weight.contiguous() if self._weight_only is None else self._weight_only
+
     def _multiply(self, x: Tensor) -> Tensor:
+        if self._weight_only is not None:
+            return weight_only_linear(x, self._weight_only)
         if self._rounded_to is None:
             return linear(x, self.weight, self.row_quantum)
         if self._rounded_to is WeightFormat.BFLOAT16:

@@ -240,7 +240,7 @@ class HiggsAudioModel(nn.Module):
             embedding=self.audio_embedding.weight,
             layers=tuple(layer.fused_layer() for layer in layers),
             norm=self.norm.weight,
-            head=self.audio_head.weight.contiguous(),
+            head=self.audio_head.skinny_weight(),
             cos=self.rotary.cos,
             signed_sin=self.rotary.signed_sin,
             num_heads=self.config.num_attention_heads,
@@ -347,11 +347,11 @@ class _DualLayer(Layer):
         """The same for steps that a device takes; packed weights are contiguous there already."""
         return FusedLayer(
             input_norm=self.audio_input_norm.weight,
-            qkv=self.attention.qkv.weight.contiguous(),
-            output=self.attention.output.weight.contiguous(),
+            qkv=self.attention.qkv.skinny_weight(),
+            output=self.attention.output.skinny_weight(),
             post_norm=self.audio_post_norm.weight,
-            gate_up=self.audio_ffn.gate_up.weight.contiguous(),
-            down=self.audio_ffn.down.weight.contiguous(),
+            gate_up=self.audio_ffn.gate_up.skinny_weight(),
+            down=self.audio_ffn.down.skinny_weight(),
         )
 
     def _normed(self, x: Tensor, num_text_rows: int) -> Tensor:

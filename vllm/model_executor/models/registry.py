@@ -31,6 +31,9 @@ _MODELS = {
 }
 
 
+_FP8_CAPABILITY = 89  # cards before it cannot turn e4m3 into other numbers
+
+
 def supported_architectures() -> tuple[str, ...]:
     """Names that ``config.json`` may hold as ``architectures`` or ``model_type``."""
     return tuple(_MODELS)
@@ -53,7 +56,8 @@ def load_model(
         dtype: float32, bfloat16, float16, or auto for the device's own.
         max_model_len: longest sequence in positions; sizes the rotary tables.
         with_text_head: keep the text head, which only sampling of text needs.
-        quantization: int8 or int4, for float32 on the CPU; None is as the checkpoint was saved.
+        quantization: int8 or int4 for float32 on the CPU, int8 or fp8 on CUDA; None is as the
+            checkpoint was saved.
 
     Raises:
         CheckpointError: unknown architecture, bad configuration, or tensors that do not fit it.
@@ -72,7 +76,8 @@ def load_model(
     resolved = resolve_dtype(dtype, Platform(target))
     weight_format = _weight_format(config, quantization, folder)
     if weight_format is not None:
-        _check_can_quantize(weight_format, target, resolved)
+        is_saved = saved_quantization(config, folder) is not None
+        _check_can_quantize(weight_format, Platform(target), resolved, is_saved=is_saved)
     return model_class.from_folder(
         folder,
         device=target,
@@ -98,12 +103,25 @@ def _weight_format(
 
 
 def _check_can_quantize(
-    weight_format: WeightFormat, device: torch.device, dtype: torch.dtype
+    weight_format: WeightFormat, platform: Platform, dtype: torch.dtype, *, is_saved: bool
 ) -> None:
-    if device.type != "cpu":
+    capability = platform.compute_capability
+    if capability is None:
+        if weight_format is WeightFormat.FP8:
+            raise ConfigError("fp8 weights run on CUDA only; on the CPU, take --quantization int8")
+        if dtype != torch.float32:
+            raise ConfigError(f"{weight_format} weights compute in float32; leave --dtype out")
+        return
+    if is_saved:
+        # What was rounded would be rounded once more, to the type of the model.
         raise ConfigError(
-            f"{weight_format} weights run on the CPU only, for now; "
-            "use --device cpu or a checkpoint that is not quantised"
+            f"the checkpoint holds {weight_format} weights, which are for the CPU; on CUDA take the "
+            "one that they were made from, and --quantization int8 or fp8"
         )
-    if dtype != torch.float32:
-        raise ConfigError(f"{weight_format} weights compute in float32; leave --dtype out")
+    if weight_format is WeightFormat.INT4:
+        raise ConfigError("int4 weights run on the CPU only; on CUDA, take --quantization fp8")
+    if weight_format is WeightFormat.FP8 and capability < _FP8_CAPABILITY:
+        raise ConfigError(
+            f"fp8 weights need compute capability 8.9, and this card has {capability / 10:.1f}; "
+            "take --quantization int8"
+        )
