@@ -43,6 +43,7 @@ __all__ = [
     "fused_write",
     "paged_attention",
     "plan_attention",
+    "reads_unwritten",
 ]
 
 KEY_TILE = 64  # positions
@@ -165,6 +166,11 @@ def plan_attention(metadata: AttentionMetadata, cache: Tensor) -> AttentionPlan:
         parts=() if is_native else _plan_parts(metadata, cache),
         sight=_see(metadata) if is_native else None,
     )
+
+
+def reads_unwritten(cache: Tensor) -> bool:
+    """Whether attention reads positions that were never written, so that they must be numbers."""
+    return not _is_fused(cache)
 
 
 def paged_attention(query: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> Tensor:

@@ -61,6 +61,32 @@ def test_end_of_a_prompt_is_evicted_before_its_beginning():
     assert [pool.find(h) is not None for h in (b"1", b"12", b"123")] == [True, True, False]
 
 
+def test_what_was_found_once_outlives_what_nobody_asked_for():
+    pool = BlockPool(4, enable_caching=True)
+    voice, *_ = _cached(pool, b"voice", b"text")
+    pool.share([voice])
+    pool.release([voice])
+    for index in range(5):
+        _cached(pool, b"other text %d" % index, b"more %d" % index)
+        assert pool.find(b"voice") == voice
+    pool.allocate(4)
+    assert pool.find(b"voice") is None, "it goes when nothing else is left"
+
+
+def test_evicted_content_leaves_no_claim_on_its_block():
+    pool = BlockPool(2, enable_caching=True)
+    (old,) = _cached(pool, b"old")
+    pool.share([old])
+    pool.release([old])
+    pool.release(pool.allocate(2))
+    (first,) = _cached(pool, b"first")
+    (second,) = _cached(pool, b"second")
+    assert {first, second} == {0, 1}
+    pool.allocate(1)
+    assert pool.find(b"first") is None
+    assert pool.find(b"second") == second
+
+
 def test_shared_block_is_free_when_its_last_user_leaves():
     pool = BlockPool(2, enable_caching=True)
     (block,) = _cached(pool, b"x")

@@ -14,8 +14,10 @@ __all__ = ["BlockPool"]
 class BlockPool:
     """Reference-counted blocks with a prefix cache among the free ones.
 
-    The free list is ordered by when a block is taken: first blocks without content, then cached
-    ones from least to most recently used. Taking a cached block evicts its content.
+    Free blocks are taken in this order: those without content, then cached ones that nobody has
+    ever found, then those that somebody has, each from least to most recently used. So what prompts
+    share, which is their voice, outlives what only one of them said. Taking a cached block evicts
+    its content.
     """
 
     def __init__(self, num_blocks: int, *, enable_caching: bool) -> None:
@@ -23,6 +25,8 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.enable_caching = enable_caching
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._free_shared: OrderedDict[int, None] = OrderedDict()  # of the free, those found once
+        self._was_found = [False] * num_blocks  # [num_blocks]
         self._ref_counts = [0] * num_blocks  # [num_blocks]
         self._hashes: list[bytes | None] = [None] * num_blocks  # [num_blocks]
         self._cached: dict[bytes, int] = {}  # hash -> block id
@@ -30,7 +34,7 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that can be taken, cached ones included."""
-        return len(self._free)
+        return len(self._free) + len(self._free_shared)
 
     @property
     def usage(self) -> float:
@@ -49,7 +53,7 @@ class BlockPool:
         assert 0 <= num_blocks <= self.num_free, (num_blocks, self.num_free)
         block_ids = []
         for _ in range(num_blocks):
-            block_id, _ = self._free.popitem(last=False)
+            block_id, _ = (self._free or self._free_shared).popitem(last=False)
             self._evict(block_id)
             self._ref_counts[block_id] = 1
             block_ids.append(block_id)
@@ -60,7 +64,8 @@ class BlockPool:
         for block_id in block_ids:
             assert self._hashes[block_id] is not None, block_id
             if self._ref_counts[block_id] == 0:
-                del self._free[block_id]
+                del self._free_list_of(block_id)[block_id]
+            self._was_found[block_id] = True
             self._ref_counts[block_id] += 1
 
     def release(self, block_ids: Sequence[int]) -> None:
@@ -74,7 +79,7 @@ class BlockPool:
             self._ref_counts[block_id] -= 1
             if self._ref_counts[block_id] > 0:
                 continue
-            self._free[block_id] = None
+            self._free_list_of(block_id)[block_id] = None
             if self._hashes[block_id] is None:
                 self._free.move_to_end(block_id, last=False)
 
@@ -93,6 +98,11 @@ class BlockPool:
         if block_hash is not None:
             del self._cached[block_hash]
             self._hashes[block_id] = None
+            self._was_found[block_id] = False
+
+    def _free_list_of(self, block_id: int) -> OrderedDict[int, None]:
+        """Where the block is, or would be, while it is free."""
+        return self._free_shared if self._was_found[block_id] else self._free
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Assert that counts, free list and hashes agree with the block tables in use."""
@@ -101,6 +111,8 @@ class BlockPool:
             assert self._ref_counts[block_id] == uses[block_id], (
                 f"block {block_id}: counted {self._ref_counts[block_id]}, used {uses[block_id]}"
             )
-            assert (block_id in self._free) == self.is_free(block_id), block_id
+            is_listed = block_id in self._free_list_of(block_id)
+            assert is_listed == self.is_free(block_id), block_id
+        assert self._free.keys().isdisjoint(self._free_shared)
         cached = {h: block_id for block_id, h in enumerate(self._hashes) if h is not None}
         assert cached == self._cached, "hashes and cached blocks disagree"

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm.forward_context import set_forward_context
-from vllm.kernels.attention import PrefillMetadata, PrefillSequence
+from vllm.kernels.attention import PrefillMetadata, PrefillSequence, reads_unwritten
 from vllm.kernels.cache import clear_blocks
 from vllm.logger import get_logger
 from vllm.model_executor.framing import DelayFraming
 from vllm.model_executor.models.interface import SpeechModel
+from vllm.platforms import copy_to_device
 from vllm.v1.core.sched_output import NewRequestData, SchedulerOutput, StepKind
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.block_table import BlockTable
@@ -120,6 +121,7 @@ class GPUModelRunner:
         self._state = state
         self._codec = codec
         self._kv_caches = kv_caches
+        self._clears_blocks = reads_unwritten(kv_caches[0])
         self._block_size = block_size
         self._device = device
         max_blocks = -(-model.spec.max_model_len // block_size)
@@ -219,7 +221,8 @@ class GPUModelRunner:
         for request_id, block_ids in plan.new_blocks.items():
             if request_id in self._requests:
                 self._block_table.append(self._requests[request_id].row, block_ids)
-        self._clear_new_blocks(plan)
+        if self._clears_blocks:
+            self._clear_new_blocks(plan)
 
     def _clear_new_blocks(self, plan: SchedulerOutput) -> None:
         """Blocks that hold nothing yet; a new request's first ones may come from the cache."""
@@ -268,7 +271,7 @@ class GPUModelRunner:
         if request_id not in self._requests:
             return  # it ended in a step whose frames the scheduler does not have yet
         row = self._requests[request_id].row
-        ids = torch.tensor(block_ids, dtype=torch.int64, device=self._device)
+        ids = copy_to_device(np.array(block_ids, np.int64), self._device)
         self._swapped[request_id] = _Swapped(
             running=self._requests[request_id],
             pages=[cache[:, ids].to("cpu") for cache in self._kv_caches],
@@ -285,7 +288,7 @@ class GPUModelRunner:
         self._requests[request_id] = running
         self._state.restore_row(row, swapped.state)
         self._block_table.append(row, block_ids)
-        ids = torch.tensor(block_ids, dtype=torch.int64, device=self._device)
+        ids = copy_to_device(np.array(block_ids, np.int64), self._device)
         for cache, pages in zip(self._kv_caches, swapped.pages, strict=True):
             cache[:, ids] = pages.to(self._device)
         self._num_positions[row] = swapped.num_positions
