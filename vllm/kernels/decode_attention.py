@@ -136,6 +136,7 @@ def rope_write_attend(
     scale: float,
     *,
     max_context_len: int | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new position for each of N sequences, which is written to the cache first.
 
@@ -150,10 +151,10 @@ def rope_write_attend(
             no scale has to be known beforehand.
         block_tables: int64 [num_sequences, max_blocks].
         tables: int64 [N], the sequence of each row.
-        positions: int64 [N], the new position of each; not natively: -1 for padding.
+        positions: int64 [N], the new position of each; -1 for padding.
         num_heads: of the queries.
         scale: factor on the scores.
-        max_context_len: no position is this large; default: what the block tables hold.
+        max_context_len, arrivals: for recorded launches, see ``triton/decode_attention.py``.
 
     Returns:
         [N, num_heads * head_dim], each row alone in its bits; undefined for padding.
@@ -162,10 +163,13 @@ def rope_write_attend(
     if qkv.is_cuda:
         from vllm.kernels.triton import decode_attention as on_cuda
 
-        return on_cuda.rope_write_attend(*arguments, max_context_len=max_context_len)
+        return on_cuda.rope_write_attend(
+            *arguments, max_context_len=max_context_len, arrivals=arrivals
+        )
     lib = native.loaded_library()
     is_native = qkv.dtype == torch.float32 and can_attend(cache.dtype, cache.shape[4])
-    if lib is None or not is_native:
+    has_padding = bool((positions < 0).any())  # which the library does not know
+    if lib is None or not is_native or has_padding:
         return reference.rope_write_attend(*arguments)
     assert qkv.is_contiguous()
     assert cos.is_contiguous()

@@ -10,7 +10,7 @@ import torch
 
 from vllm.kernels import reference
 from vllm.kernels.triton import decode_attention
-from vllm.kernels.triton.decode_attention import DecodeWorkspace, rope_write_attend
+from vllm.kernels.triton.decode_attention import rope_write_attend
 from vllm.kernels.triton.offline import ARCHITECTURES
 
 BLOCK_SIZE = 16
@@ -107,18 +107,14 @@ def test_a_row_has_the_bits_that_it_has_alone(device, grid_order):
         assert torch.equal(alone[0], together[row])
 
 
-def test_a_workspace_serves_again_and_for_more_splits_than_there_are(device):
+def test_counters_serve_again_and_more_splits_than_there_are_change_no_bit(device):
     rows = Rows([130, 20], dtype=torch.float16)
-    workspace = DecodeWorkspace.allocate(
-        *(4, 1024), num_heads=6, num_kv_heads=2, head_dim=HEAD_DIM, device=device
-    )
-    workspace.partials.fill_(float("nan"))
-    workspace.statistics.fill_(float("nan"))
+    arrivals = torch.zeros(8, dtype=torch.int32, device=device)
     first, _ = rows.attend(device)
     for max_context_len in (1024, 192):
-        again, _ = rows.attend(device, workspace=workspace, max_context_len=max_context_len)
+        again, _ = rows.attend(device, arrivals=arrivals, max_context_len=max_context_len)
         assert torch.equal(again, first)
-    assert not workspace.arrivals.any()
+    assert not arrivals.any()
 
 
 def test_padding_reads_and_writes_nothing(device):

@@ -15,7 +15,6 @@ what a row gives depends neither on the other rows nor on which program was fast
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -24,46 +23,13 @@ from torch import Tensor
 
 from vllm.kernels.triton.attention_parts import fold_tile, load_rotated, widened
 
-__all__ = ["SPLIT", "DecodeWorkspace", "decode_attention_kernel", "rope_write_attend"]
+__all__ = ["SPLIT", "decode_attention_kernel", "rope_write_attend"]
 
 SPLIT = 256  # positions
 
 # Pages are found by a load of their own, which halves how far ahead keys are loaded: two tiles.
 _NUM_STAGES = 5
 _MIN_ROWS = 16  # of a product on tensor cores
-
-
-@dataclass(frozen=True, eq=False)
-class DecodeWorkspace:
-    """Where splits meet. One serves all layers and steps of a stream, which come one by one.
-
-    Counters are zero between two launches; after one that was aborted, zero them.
-    """
-
-    partials: Tensor  # float32 [rows * num_kv_heads * splits, group, head_dim]
-    statistics: Tensor  # float32 [rows * num_kv_heads * splits, 2, _padded(group)]
-    arrivals: Tensor  # int32 [rows * num_kv_heads]
-
-    @classmethod
-    def allocate(
-        cls,
-        num_rows: int,
-        max_context_len: int,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        device: torch.device,
-    ) -> DecodeWorkspace:
-        """For launches of at most so many rows, of contexts of at most so many positions."""
-        num_splits = -(-max_context_len // SPLIT)
-        group = num_heads // num_kv_heads
-        count = num_rows * num_kv_heads * num_splits
-        return cls(
-            torch.empty(count, group, head_dim, device=device),
-            torch.empty(count, 2, _padded(group), device=device),
-            torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=device),
-        )
 
 
 def rope_write_attend(
@@ -78,7 +44,7 @@ def rope_write_attend(
     scale: float,
     *,
     max_context_len: int | None = None,
-    workspace: DecodeWorkspace | None = None,
+    arrivals: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Arguments as of the face, and what a recorded launch needs.
@@ -86,7 +52,9 @@ def rope_write_attend(
     Args:
         max_context_len: no position is this large; default: what the block tables hold. The grid
             has a program per split up to here, and those beyond a row's position return at once.
-        workspace: large enough; default: a new one.
+        arrivals: int32 [N * num_kv_heads or more], zeros, which it leaves as zeros; default: new ones.
+            One serves all launches of a stream, which come one by one; after one that was aborted,
+            zero it.
         pdl: launch before the previous kernel has ended, and wait for it on the device.
 
     Returns:
@@ -98,25 +66,21 @@ def rope_write_attend(
     num_rows = qkv.shape[0]
     if max_context_len is None:
         max_context_len = block_tables.shape[1] * block_size
-    if workspace is None:
-        workspace = DecodeWorkspace.allocate(
-            num_rows,
-            max_context_len,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            device=qkv.device,
-        )
+    if arrivals is None:
+        arrivals = torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=qkv.device)
+    assert len(arrivals) >= num_rows * num_kv_heads
     num_splits = -(-max_context_len // SPLIT)
-    assert workspace.arrivals.shape[0] >= num_rows * num_kv_heads
-    assert workspace.partials.shape[0] >= num_rows * num_kv_heads * num_splits
+    group = num_heads // num_kv_heads
+    count = num_rows * num_kv_heads * num_splits
+    partials = torch.empty(count, group, head_dim, dtype=torch.float32, device=qkv.device)
+    statistics = torch.empty(count, 2, _padded(group), dtype=torch.float32, device=qkv.device)
     assert block_tables.stride(1) == 1
     assert qkv.is_contiguous()
     assert cache.is_contiguous()
     context = torch.empty(num_rows, num_heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     decode_attention_kernel[(num_splits, num_kv_heads, num_rows)](
         *(qkv, cos, signed_sin, cache, block_tables, tables, positions, context),
-        *(workspace.partials, workspace.statistics, workspace.arrivals),
+        *(partials, statistics, arrivals),
         scale * math.log2(math.e),
         cache.stride(0),
         block_tables.stride(0),
@@ -126,7 +90,7 @@ def rope_write_attend(
         BLOCK_SIZE=block_size,
         SPLIT=SPLIT,
         TILE=_tile(qkv.dtype),
-        ROWS=_padded(num_heads // num_kv_heads),
+        ROWS=_padded(group),
         PDL=pdl,
         num_warps=4,
         num_stages=_NUM_STAGES,
