@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from vllm.audio.resample import resample
 __all__ = [
     "ClosedVocabularyRecogniser",
     "FreeRecogniser",
+    "Listeners",
+    "VoiceJudge",
+    "ask",
     "count_word_errors",
-    "dnsmos",
     "longest_loop_s",
     "normal_words",
-    "voice_similarity",
 ]
 
 _RATE = 16000  # of every judge
@@ -48,6 +51,39 @@ _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ni
 _DISCOUNT = 0.5  # of bigram counts
 
 Samples = NDArray[np.float32]
+Judge = Callable[[Samples, int], Any]  # of samples and their rate
+
+_SEAT: list[Judge] = []  # of this process
+
+
+def ask(
+    make_judge: Callable[[], Judge], clips: Sequence[tuple[Samples, int]], *, num_processes: int = 1
+) -> list[Any]:
+    """What a judge says of each clip; with several processes each one has a judge of its own.
+
+    Args:
+        make_judge: called once in each process, so it must be picklable for several.
+        clips: samples and their rate.
+    """
+    num_processes = min(num_processes, len(clips))
+    if num_processes <= 1:
+        judge = make_judge()
+        return [judge(samples, rate) for samples, rate in clips]
+    with ProcessPoolExecutor(
+        num_processes,
+        mp_context=multiprocessing.get_context("spawn"),  # a fork would copy held locks
+        initializer=_take_seat,
+        initargs=(make_judge,),
+    ) as processes:
+        return list(processes.map(_say, clips, chunksize=2))
+
+
+def _take_seat(make_judge: Callable[[], Judge]) -> None:
+    _SEAT.append(make_judge())
+
+
+def _say(clip: tuple[Samples, int]) -> Any:
+    return _SEAT[0](*clip)
 
 
 def normal_words(text: str) -> list[str]:
@@ -115,7 +151,7 @@ class ClosedVocabularyRecogniser:
                 hmm=str(model / "en-us"), dict=str(dictionary), lm=file.name, loglevel="FATAL"
             )
 
-    def words(self, samples: Samples, sample_rate: int) -> list[str]:
+    def __call__(self, samples: Samples, sample_rate: int) -> list[str]:
         """What was said, word by word."""
         loud = _at_rate(samples, sample_rate)
         loud = 0.7 * loud / max(float(np.abs(loud).max(initial=0.0)), 1e-6)
@@ -164,7 +200,7 @@ class FreeRecogniser:
             str(folder), device="cpu", compute_type="int8", cpu_threads=1, local_files_only=True
         )
 
-    def words(self, samples: Samples, sample_rate: int) -> list[str]:
+    def __call__(self, samples: Samples, sample_rate: int) -> list[str]:
         """What was said, word by word."""
         segments, _ = self._model.transcribe(
             _at_rate(samples, sample_rate),
@@ -177,29 +213,38 @@ class FreeRecogniser:
         return normal_words(" ".join(segment.text for segment in segments))
 
 
-def dnsmos(samples: Samples, sample_rate: int) -> float:
-    """Overall opinion of a model of listeners, 1 to 5."""
-    from speechmos import dnsmos as judge
+class Listeners:
+    """DNSMOS, a model of listeners' overall opinion, 1 to 5."""
 
-    narrow = _at_rate(samples, sample_rate)
-    narrow = 0.9 * narrow / max(float(np.abs(narrow).max(initial=0.0)), 1e-6)
-    return float(judge.run(narrow, sr=_RATE)["ovrl_mos"])
+    def __init__(self) -> None:
+        from speechmos import dnsmos
+
+        self._judge = dnsmos
+
+    def __call__(self, samples: Samples, sample_rate: int) -> float:
+        narrow = _at_rate(samples, sample_rate)
+        narrow = 0.9 * narrow / max(float(np.abs(narrow).max(initial=0.0)), 1e-6)
+        return float(self._judge.run(narrow, sr=_RATE)["ovrl_mos"])
 
 
-_ENCODER: list[Any] = []
+class VoiceJudge:
+    """Resemblyzer: cosine of voices; above 0.85 is the same voice, below 0.77 another."""
 
+    def __init__(self, voice: Samples, sample_rate: int) -> None:
+        """``voice``: a clip of the voice that others are compared with."""
+        from resemblyzer import VoiceEncoder
 
-def voice_similarity(ours: Samples, theirs: Samples, sample_rate: int) -> float:
-    """Cosine of two clips' voices; above 0.85 is the same voice, below 0.77 another."""
-    from resemblyzer import VoiceEncoder
+        self._encoder = VoiceEncoder("cpu", verbose=False)
+        self._voice = self._embed(voice, sample_rate)
 
-    if not _ENCODER:
-        _ENCODER.append(VoiceEncoder("cpu", verbose=False))
-    first, second = (
-        _ENCODER[0].embed_utterance(_levelled(_at_rate(each, sample_rate)))
-        for each in (ours, theirs)
-    )
-    return float(first @ second)
+    def __call__(self, samples: Samples, sample_rate: int) -> float:
+        return float(self._embed(samples, sample_rate) @ self._voice)
+
+    def _embed(self, samples: Samples, sample_rate: int) -> NDArray[np.float32]:
+        embedding: NDArray[np.float32] = self._encoder.embed_utterance(
+            _levelled(_at_rate(samples, sample_rate))
+        )
+        return embedding
 
 
 def _levelled(samples: Samples) -> Samples:

@@ -1,9 +1,11 @@
 """How well a model speaks English: what recognisers hear, end of speech, lengths, loops, voice.
 
 Runs the offline engine on the sentences of ``tests/quality/sentences.tsv``, each of which has the
-length that the model's teacher gave it. Pocketsphinx judges always; ``--whisper`` names a folder
-with a CTranslate2 model; ``--opinion`` adds DNSMOS and the likeness of the voice to the codec round
-trip of the teacher's. ``--round-trip`` judges that round trip instead of the model.
+length that the model's teacher gave it: all sentences with all seeds in one batch, and some one
+after the other for the times of single requests. Pocketsphinx judges always; ``--whisper`` names a
+folder with a CTranslate2 model; ``--opinion`` adds DNSMOS and the likeness of the voice to the codec
+round trip of the teacher's. ``--round-trip`` judges that round trip instead of the model. With
+``VLLM_NATIVE=0`` the times are those of torch.
 
     python -m benchmarks.speech_quality --seeds 0 1 2 3 4
     python -m benchmarks.speech_quality --model DIR --num-sentences 20 --json out.json
@@ -12,9 +14,11 @@ trip of the teacher's. ``--round-trip`` judges that round trip instead of the mo
 from __future__ import annotations
 
 import argparse
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,12 +30,14 @@ from numpy.typing import NDArray
 from benchmarks._judges import (
     ClosedVocabularyRecogniser,
     FreeRecogniser,
+    Judge,
+    Listeners,
     Samples,
+    VoiceJudge,
+    ask,
     count_word_errors,
-    dnsmos,
     longest_loop_s,
     normal_words,
-    voice_similarity,
 )
 from benchmarks._report import ROOT, format_table, write_json
 from vllm.checkpoints.embedded import embedded_checkpoint
@@ -45,7 +51,9 @@ SENTENCES = ROOT / "tests" / "quality" / "sentences.tsv"
 _TEACHER_CODES = SENTENCES.with_name("teacher_codes.npz")
 _FRAME_RATE = 25.0
 _LOOP_S = 2.0  # a repeated pattern longer than this is a loop
-_SILENCE = 0.01  # of full scale
+_SILENCE = 0.01  # of full scale, root mean square of a frame
+_FRAME = 960  # samples
+_NUM_WARM_UP = 2
 _NUM_GRAMMAR_SENTENCES = 20_000
 
 
@@ -66,6 +74,16 @@ class Take:
     codes: NDArray[np.int16]  # [num_codebooks, num_frames]
     sample_rate: int
     has_ended: bool = True  # by itself
+    seed: int | None = None
+
+    @property
+    def length_ratio(self) -> float:
+        """Its length to the teacher's."""
+        return len(self.samples) / self.sample_rate / self.sentence.teacher_s
+
+    @property
+    def loop_s(self) -> float:
+        return longest_loop_s(self.codes, frame_rate=_FRAME_RATE)
 
 
 def read_sentences(path: Path = SENTENCES) -> list[Sentence]:
@@ -98,8 +116,9 @@ def speak(
             np.asarray(output.codes),
             output.sample_rate,
             output.finish_reason is FinishReason.STOP,
+            seed,
         )
-        for (sentence, _), output in zip(pairs, outputs, strict=True)
+        for (sentence, seed), output in zip(pairs, outputs, strict=True)
     ]
 
 
@@ -114,42 +133,41 @@ def round_trips(codec: Codec, sentences: Sequence[Sentence]) -> list[Take]:
     return takes
 
 
-def word_error_rate(
-    recogniser: ClosedVocabularyRecogniser | FreeRecogniser,
-    spoken: Sequence[tuple[str, Samples]],
-    sample_rate: int,
-) -> float:
-    """Errors per word over (text, samples) pairs."""
-    errors = words = 0
-    for text, samples in spoken:
-        wanted = normal_words(text)
-        errors += count_word_errors(wanted, recogniser.words(samples, sample_rate))
-        words += len(wanted)
-    return errors / words
+def cost_of_single_requests(llm: LLM, sentences: Sequence[Sentence]) -> dict[str, float]:
+    """CPU and wall seconds per second of speech, one request after the other."""
+    for sentence in sentences[:_NUM_WARM_UP]:
+        speak(llm, [sentence], [0])
+    began, cpu_began = time.perf_counter(), time.process_time()
+    takes = [take for sentence in sentences for take in speak(llm, [sentence], [0])]
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu_began
+    seconds = sum(len(take.samples) / take.sample_rate for take in takes)
+    return {"single: CPU s per s": cpu / seconds, "single: wall s per s": wall / seconds}
+
+
+def word_error_rate(texts: Sequence[str], heard: Sequence[Sequence[str]]) -> float:
+    """Errors per word of the texts."""
+    wanted = [normal_words(text) for text in texts]
+    errors = sum(map(count_word_errors, wanted, heard))
+    return errors / sum(map(len, wanted))
 
 
 def figures_of(takes: Sequence[Take]) -> dict[str, float]:
     """What needs no judge: end of speech, lengths, loops, silence."""
-    ratios = [len(take.samples) / take.sample_rate / take.sentence.teacher_s for take in takes]
-    loops = [longest_loop_s(take.codes, frame_rate=_FRAME_RATE) for take in takes]
-    samples = np.concatenate([take.samples for take in takes])
+    ratios = [take.length_ratio for take in takes]
     return {
         "end of speech": mean(take.has_ended for take in takes),
         "length ratio": mean(ratios),
         "shortest": min(ratios),
         "longest": max(ratios),
-        "loops": sum(loop > _LOOP_S for loop in loops),
-        "silence share": float((np.abs(samples) < _SILENCE).mean()),
+        "loops": sum(take.loop_s > _LOOP_S for take in takes),
+        "silence share": mean(silence_share(take.samples) for take in takes),
     }
 
 
-def opinions_of(takes: Sequence[Take], voice: Samples) -> dict[str, float]:
-    """Judges' opinions of the sound; ``voice`` is a codec round trip of the same voice."""
-    rate = takes[0].sample_rate
-    return {
-        "DNSMOS": mean(dnsmos(take.samples, rate) for take in takes),
-        "likeness": mean(voice_similarity(take.samples, voice, rate) for take in takes),
-    }
+def silence_share(samples: Samples) -> float:
+    """Share of frames whose root mean square is below a hundredth of full scale."""
+    frames = samples[: len(samples) // _FRAME * _FRAME].reshape(-1, _FRAME)
+    return float((np.sqrt((frames**2).mean(axis=1)) < _SILENCE).mean())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -162,6 +180,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--num-sentences", type=int, default=50)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--num-single", type=int, default=10, help="requests whose times are taken alone; 0: none"
+    )
+    parser.add_argument(
+        "--num-processes", type=int, default=os.cpu_count(), help="judges that work side by side"
+    )
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--whisper", type=Path, help="folder of a CTranslate2 model")
@@ -170,46 +194,84 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--wavs", type=Path, help="folder to write the takes of the first seed to")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    figures = judge(args)
+    figures, takes = judge(args)
     print(format_table(["figure", "value"], list(figures.items())))
     if args.json:
-        write_json(args.json, {"figures": figures})
+        write_json(args.json, {"figures": figures, "takes": takes})
 
 
-def judge(args: argparse.Namespace) -> dict[str, float]:
-    """Figures of a run, by name."""
-    sampling = {name: getattr(args, name) for name in ("temperature", "top_k")}
-    sampling = {name: value for name, value in sampling.items() if value is not None}
+def judge(args: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Figures of a run by name, and what was found of each take."""
     sentences = read_sentences()[: args.num_sentences]
     references = round_trips(load_codec(args.model / "codec", device="cpu"), sentences)
-    rate = references[0].sample_rate
-    figures: dict[str, float] = {}
-    if args.round_trip:
-        takes = references
-    else:
-        llm = LLM(
-            args.model / "lm",
-            audio_tokenizer=args.model / "codec",
-            voices_dir=args.model / "voices",
-            device="cpu",
-        )
-        began = time.process_time()
-        takes = speak(llm, sentences, args.seeds, **sampling)
-        seconds = sum(len(take.samples) for take in takes) / rate
-        figures["CPU s per s"] = (time.process_time() - began) / seconds
-        llm.shutdown()
-    figures["takes"] = len(takes)
-    spoken = [(take.sentence.text, take.samples) for take in takes]
-    closed = ClosedVocabularyRecogniser(grammar_sentences())
-    figures |= figures_of(takes)
-    figures["WER, closed vocabulary"] = word_error_rate(closed, spoken, rate)
+    figures, takes = ({}, references) if args.round_trip else _takes_of(args, sentences)
+    figures |= {"takes": len(takes), **figures_of(takes)}
+    rows = [_row_of(take) for take in takes]
+    clips = [(take.samples, take.sample_rate) for take in takes]
+    texts = [take.sentence.text for take in takes]
+
+    def hear(name: str, make_recogniser: Callable[[], Judge]) -> None:
+        heard = ask(make_recogniser, clips, num_processes=args.num_processes)
+        figures[f"WER, {name}"] = word_error_rate(texts, heard)
+        for row, words in zip(rows, heard, strict=True):
+            row[name] = " ".join(words)
+
+    def rate(name: str, make_judge: Callable[[], Judge]) -> None:
+        opinions = ask(make_judge, clips, num_processes=args.num_processes)
+        figures[name] = mean(opinions)
+        for row, opinion in zip(rows, opinions, strict=True):
+            row[name] = opinion
+
+    hear("closed vocabulary", partial(ClosedVocabularyRecogniser, grammar_sentences()))
     if args.whisper:
-        figures["WER, Whisper"] = word_error_rate(FreeRecogniser(args.whisper), spoken, rate)
+        hear("Whisper", partial(FreeRecogniser, args.whisper))
     if args.opinion:
-        figures |= opinions_of(takes, np.concatenate([each.samples for each in references]))
+        voice = np.concatenate([each.samples for each in references])
+        rate("DNSMOS", Listeners)
+        rate("likeness", partial(VoiceJudge, voice, references[0].sample_rate))
     if args.wavs:
         _write_wavs(args.wavs, takes[: len(sentences)])
-    return figures
+    return figures, rows
+
+
+def _takes_of(
+    args: argparse.Namespace, sentences: Sequence[Sentence]
+) -> tuple[dict[str, float], list[Take]]:
+    """What the model says, and what that costs."""
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_k")}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    began = time.perf_counter()
+    llm = LLM(
+        args.model / "lm",
+        audio_tokenizer=args.model / "codec",
+        voices_dir=args.model / "voices",
+        device="cpu",
+    )
+    figures = {"size MB": _size_mb(args.model), "load s": time.perf_counter() - began}
+    if args.num_single:
+        figures |= cost_of_single_requests(llm, sentences[: args.num_single])
+    cpu_began = time.process_time()
+    takes = speak(llm, sentences, args.seeds, **sampling)
+    cpu = time.process_time() - cpu_began
+    figures["batch: CPU s per s"] = cpu / sum(
+        len(take.samples) / take.sample_rate for take in takes
+    )
+    llm.shutdown()
+    return figures, takes
+
+
+def _size_mb(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
+def _row_of(take: Take) -> dict[str, Any]:
+    return {
+        "text": take.sentence.text,
+        "seed": take.seed,
+        "end of speech": take.has_ended,
+        "length ratio": take.length_ratio,
+        "loop s": take.loop_s,
+    }
 
 
 def _write_wavs(folder: Path, takes: Sequence[Take]) -> None:

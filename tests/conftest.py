@@ -40,6 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="folder with the published checkpoints (DIR/lm, DIR/codec); runs the tests marked weights",
     )
+    parser.addoption(
+        "--whisper",
+        type=Path,
+        metavar="DIR",
+        help="folder with Whisper for CTranslate2; runs the tests marked judged (scripts/judge tests)",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -48,6 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         skips["slow"] = pytest.mark.skip(reason="slow; needs --slow")
     if config.getoption("--weights") is None:
         skips["weights"] = pytest.mark.skip(reason="needs --weights DIR")
+    if config.getoption("--whisper") is None:
+        skips["judged"] = pytest.mark.skip(reason="needs --whisper DIR")
     if any("gpu" in item.keywords for item in items) and not _has_gpu():
         skips["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:

@@ -60,7 +60,7 @@ def test_the_closed_vocabulary_judge_tells_right_words_from_wrong_ones():
     said = entry["transcript"]
     other = "we keep a cup of tea and nine trains wait before the coffee leaves in the morning"
     judge = ClosedVocabularyRecogniser([said, other])
-    heard = judge.words(samples, rate)
+    heard = judge(samples, rate)
     wanted = normal_words(said)
     assert count_word_errors(wanted, heard) <= 0.2 * len(wanted)
     assert count_word_errors(normal_words(other), heard) > 0.6 * len(wanted)
