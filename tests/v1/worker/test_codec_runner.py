@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from vllm.checkpoints.make_codec import make_codec
 from vllm.model_executor.codecs import ClipCache, Codec, load_codec
+from vllm.model_executor.codecs.streaming import WindowPlan
 from vllm.player import Listener
 from vllm.v1.outputs import CodecStats
 from vllm.v1.worker import codec_runner
 from vllm.v1.worker.codec_runner import CodecRunner
+from vllm.v1.worker.cuda_graphs import NoGraphs
 
 HOP = 960
 
@@ -447,3 +449,30 @@ def test_own_thread_count_leaves_the_callers_alone(codec, make_runner):
 
 def test_poll_without_work_returns_at_once(codec, make_runner):
     assert not make_runner(codec).poll(3600.0)
+
+
+def test_windows_that_every_stream_has_are_known_beforehand():
+    plan = WindowPlan(10, (4, 8, 16, 25))
+    assert plan.window_lengths == (14, 22, 36, 45)
+    assert WindowPlan(0, (5,)).window_lengths == (5,)
+
+
+@pytest.mark.parametrize("num_streams", [1, 3])
+def test_recorded_batches_give_the_samples_of_windows_alone(monkeypatch, num_streams):
+    monkeypatch.setattr(codec_runner, "MAX_CUDA_BATCH", 4)
+    scripted = ScriptedCodec()
+    frames = [scripted_frames(*([1, 0, 1, 1] * (5 + 3 * i))) for i in range(num_streams)]
+    expected = [scripted.decode(torch.from_numpy(f).long()[None])[0].numpy() for f in frames]
+    runner = CodecRunner(scripted, ramp=(4, 8), threaded=False, graphs=NoGraphs())
+    runner._max_batch = 4  # as on CUDA
+    for index, each in enumerate(frames):
+        runner.open(str(index), max_silence_frames=None)
+        runner.push(str(index), each, final=True)
+    scripted.batches.clear()
+    chunks, _ = drain(runner)
+    for index, samples in enumerate(expected):
+        mine = [chunk.samples for chunk in chunks if chunk.request_id == str(index)]
+        np.testing.assert_array_equal(np.concatenate(mine), samples)
+    # Padded to the next size; a stream's last window, whose length is its own, is not.
+    sizes = {shape[0] for shape in scripted.batches if shape[2] in (6, 14, 12)}
+    assert 4 in sizes if num_streams == 3 else sizes == {1}

@@ -75,6 +75,17 @@ class WindowPlan:
             emit_stop=min(boundary, available),
         )
 
+    @property
+    def window_lengths(self) -> tuple[int, ...]:
+        """Frames of the windows that every long stream has, rising; its last may be others."""
+        lengths, emitted = set(), 0
+        while emitted <= sum(self.ramp) + self.context:
+            window = self.next_window(emitted, 2**40, final=False)
+            assert window is not None
+            lengths.add(window.num_frames)
+            emitted = window.emit_stop
+        return tuple(sorted(lengths))
+
     def next_due(self, available: int) -> int:
         """Frame count above ``available`` at which the next window becomes due."""
         return self._boundary_after(max(available - self.context, 0)) + self.context

@@ -8,8 +8,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +20,8 @@ from vllm.model_executor.codecs.clip_cache import ClipCache
 from vllm.model_executor.codecs.streaming import DEFAULT_RAMP, Window, WindowPlan
 from vllm.player import Listener, VirtualPlayer
 from vllm.v1.outputs import AudioChunk, CodecStats, EncodedClip
+from vllm.v1.worker.cuda_graphs import GraphBackend
+from vllm.v1.worker.window_decoder import WindowDecoder
 
 if TYPE_CHECKING:
     from vllm.model_executor.codecs.interface import Codec
@@ -67,6 +67,7 @@ class CodecRunner:
         threaded: work on an own thread. Otherwise ``poll`` does the work.
         num_threads: cores that the own thread may use for one operator; None for torch's setting.
             The caller's own setting stays as it was. Fewer leave cores to the model's steps.
+        graphs: record the windows that every stream has, now; None records nothing.
     """
 
     def __init__(
@@ -77,12 +78,15 @@ class CodecRunner:
         clip_cache: ClipCache | None = None,
         threaded: bool = True,
         num_threads: int | None = None,
+        graphs: GraphBackend | None = None,
     ) -> None:
         self._device = next(codec.parameters()).device
-        self._decoder = _Decoder(codec, self._device)
+        self._decoder = WindowDecoder(codec, self._device)
         self._encoder = _ClipEncoder(codec, self._device, clip_cache or ClipCache())
         self._codec = codec
         self._plan = WindowPlan(codec.context_frames, ramp)
+        if graphs is not None:
+            self._decoder.record(graphs, self._plan.window_lengths, max_batch=MAX_CUDA_BATCH)
         self._max_batch = MAX_CUDA_BATCH if self._device.type == "cuda" else 1
         # Everything below is guarded by this lock, which no torch operation holds.
         self._changed = threading.Condition()
@@ -437,34 +441,6 @@ def _deadline(item: tuple[_Stream, Window]) -> float:
     return item[0].deadline
 
 
-class _Decoder:
-    """Runs windows of one shape through the codec, on its own stream where there are streams."""
-
-    def __init__(self, codec: Codec, device: torch.device) -> None:
-        self._codec = codec
-        self._device = device
-        self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    @torch.inference_mode()
-    def decode(self, inputs: list[tuple[NDArray[np.int16], Window]]) -> list[NDArray[np.float32]]:
-        """Codes [K, n] with their windows (equal n) to the samples that each window emits."""
-        with _on_stream(self._stream):
-            codes = torch.from_numpy(np.stack([frames for frames, _ in inputs]))
-            codes = codes.to(self._device).long()
-            # Windows of a batch may begin and end differently in what they emit.
-            first = min(window.emit_start - window.start for _, window in inputs)
-            last = max(window.emit_stop - window.start for _, window in inputs)
-            decoded = self._codec.decode_part(codes, first, last)
-            samples = decoded.cpu().numpy()  # waits for this stream only
-        hop, origins = self._codec.hop_length, [window.start + first for _, window in inputs]
-        return [
-            row[(window.emit_start - origin) * hop : (window.emit_stop - origin) * hop]
-            for row, origin, (_, window) in zip(samples, origins, inputs, strict=True)
-        ]
-
-
 class _ClipEncoder:
     """Codes of reference clips, from the cache where it has them."""
 
@@ -486,9 +462,3 @@ class _ClipEncoder:
             codes = encoded[0].cpu().numpy().astype(np.int16)
             self._cache.put(key, codes)
         return codes, is_known
-
-
-@contextmanager
-def _on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    with nullcontext() if stream is None else torch.cuda.stream(stream):
-        yield

@@ -104,6 +104,7 @@ class Worker:
             ramp=config.audio.stream_ramp,
             clip_cache=ClipCache(clip_cache_folder),
             num_threads=max(1, num_threads // 2),  # the rest is for the model's steps
+            graphs=CudaGraphs(device) if self._uses_graphs else None,
         )
         self._runner = self._make_runner()
         self._runner.warm_up()
@@ -151,6 +152,10 @@ class Worker:
 
     def shutdown(self) -> None:
         self._codec_runner.shutdown()
+
+    @property
+    def _uses_graphs(self) -> bool:
+        return self._platform.is_cuda and not self._config.device.enforce_eager
 
     def _use_threads(self) -> int:
         """Set torch's threads for the CPU path; returns how many cores there are to share.
@@ -238,8 +243,7 @@ class Worker:
 
     def _make_device_decoder(self, owners: RowOwners) -> DeviceDecoder:
         device = self._platform.device
-        uses_graphs = self._platform.is_cuda and not self._config.device.enforce_eager
-        graphs = CudaGraphs(device) if uses_graphs else NoGraphs()
+        graphs = CudaGraphs(device) if self._uses_graphs else NoGraphs()
         return DeviceDecoder(
             owners,
             device=device,
