@@ -1,8 +1,8 @@
 """How products of few rows are cut for a card: a table of shapes, and a rule for all others.
 
-Nothing is tuned while the engine runs. What is faster is measured once, by a program in
-``benchmarks``, and written to ``linear_configs.json``; entries without times are unmeasured. Knows
-no kernel and asks no device.
+Nothing is tuned while the engine runs. What ``benchmarks.gpu_suite`` finds to be faster (section
+micro) is entered in ``linear_configs.json``; entries without times are unmeasured. Knows no kernel
+and asks no device.
 """
 
 from __future__ import annotations
