@@ -61,8 +61,19 @@ def test_pages_have_the_type_of_the_weights_unless_asked(
 def test_on_cuda_pages_have_the_type_of_the_weights() -> None:
     cuda = Platform(torch.device("cuda"))
     assert resolve_kv_dtype("bfloat16", torch.bfloat16, cuda) == torch.bfloat16
-    with pytest.raises(ConfigError, match="choose it with --dtype"):
+    with pytest.raises(ConfigError, match="choose the former with --dtype"):
         resolve_kv_dtype("float32", torch.bfloat16, cuda)
+
+
+def test_fp8_pages_need_a_card_that_has_such_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="needs CUDA"):
+        resolve_kv_dtype("fp8", torch.float32, Platform(torch.device("cpu")))
+    cuda = Platform(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ConfigError, match=r"this card has 8\.0"):
+        resolve_kv_dtype("fp8", torch.bfloat16, cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert resolve_kv_dtype("fp8", torch.bfloat16, cuda) == torch.float8_e4m3fn
 
 
 def test_activations_beside_bfloat16_are_wide_on_a_cpu_only() -> None:

@@ -40,7 +40,7 @@ _MAX_THREADS = 1024  # more than any machine's cores; OpenMP may end the process
 _MAX_POSITIONS = 131_072  # what the published model was made for (specification §1.1)
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-KVCacheDType = Literal["auto", "float32", "bfloat16"]
+KVCacheDType = Literal["auto", "float32", "bfloat16", "fp8"]
 
 
 def _option(default: Any, help_text: str, **extra: Any) -> Any:
@@ -131,7 +131,7 @@ class CacheConfig:
     kv_cache_dtype: KVCacheDType = _option(
         "auto",
         "number type of keys and values: that of the weights when auto (float32 beside int8 and "
-        "int4); on the CPU float32 or bfloat16",
+        "int4); on the CPU float32 or bfloat16, on CUDA fp8",
     )
     enable_prefix_caching: bool = _option(True, "share KV blocks of equal prompt beginnings")
 

@@ -148,14 +148,28 @@ def resolve_kv_dtype(name: str, weights: torch.dtype, platform: Platform) -> tor
     """Number type for ``--kv-cache-dtype``; ConfigError for one that the platform has no use for.
 
     Args:
-        name: auto, which is the type of the weights, float32 or bfloat16.
+        name: auto, which is the type of the weights, float32, bfloat16, or fp8, which is e4m3
+            without a scale.
         weights: number type of the weights.
         platform: where the cache lives.
     """
+    if name == "fp8":
+        return _resolve_fp8(platform)
     dtype = weights if name == "auto" else _DTYPES[name]
     if platform.is_cuda and dtype != weights:
         raise ConfigError(
-            f"--kv-cache-dtype {name}: on CUDA the KV cache has the type of the weights; "
-            "choose it with --dtype"
+            f"--kv-cache-dtype {name}: on CUDA the KV cache has the type of the weights, or fp8; "
+            "choose the former with --dtype"
         )
     return dtype
+
+
+def _resolve_fp8(platform: Platform) -> torch.dtype:
+    if not platform.is_cuda:
+        raise ConfigError("--kv-cache-dtype fp8: needs CUDA; the CPU has float32 and bfloat16")
+    major, minor = torch.cuda.get_device_capability(platform.device)
+    if (major, minor) < (8, 9):
+        raise ConfigError(
+            f"--kv-cache-dtype fp8: needs compute capability 8.9, and this card has {major}.{minor}"
+        )
+    return torch.float8_e4m3fn

@@ -38,7 +38,8 @@ def clear_blocks(caches: Sequence[Tensor], block_ids: Sequence[int]) -> None:
     """Make blocks that a sequence is about to fill hold numbers, in every layer."""
     ids = torch.tensor(block_ids, dtype=torch.int64, device=caches[0].device)
     for cache in caches:
-        cache.index_fill_(1, ids, 0)
+        # Bytes, because torch does not fill every number type; zero is zero in all of them.
+        cache.view(torch.uint8).index_fill_(1, ids, 0)
 
 
 def slots_of_positions(block_table: Tensor, positions: Tensor, block_size: int) -> Tensor:

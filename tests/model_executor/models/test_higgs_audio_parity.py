@@ -40,12 +40,11 @@ class Sequence:
         return hidden
 
 
-def new_caches(model, tables):
+def new_caches(model, tables, dtype=None):
     """Caches whose blocks hold numbers where ``tables`` own them, and nothing sensible elsewhere."""
     spec = model.spec
-    caches = allocate_kv_caches(
-        spec.num_layers, NUM_BLOCKS, BLOCK, spec.num_kv_heads, spec.head_dim, dtype=spec.dtype
-    )
+    sizes = (spec.num_layers, NUM_BLOCKS, BLOCK, spec.num_kv_heads, spec.head_dim)
+    caches = allocate_kv_caches(*sizes, dtype=dtype or spec.dtype)
     for cache in caches:
         cache.fill_(float("nan"))
     clear_blocks(caches, tables.flatten().tolist())
@@ -246,6 +245,22 @@ def test_text_head_is_left_out_unless_asked_for(checkpoint_folders):
     model = load_model(checkpoint_folders["boson"], max_model_len=64)
     with pytest.raises(RuntimeError, match="without its text head"):
         model.text_logits(torch.zeros(1, model.spec.hidden_size))
+
+
+def test_pages_in_fp8_follow_those_in_float32(model, monkeypatch):
+    monkeypatch.setattr(attention, "_is_fused", lambda cache: True)
+    sequence, tables = Sequence(model.spec, seed=6), block_tables(1)
+
+    def hidden(dtype):
+        caches = new_caches(model, tables, dtype)
+        (prompt,) = prefill(model, caches, [(sequence, tables[0], 0, len(sequence))])
+        frame = decode(model, caches, sequence.frames[:1], tables, [len(sequence) + 1])
+        return torch.cat([prompt, frame])
+
+    expected, narrow = hidden(torch.float32), hidden(torch.float8_e4m3fn)
+    for rows in (slice(0, -1), slice(-1, None)):  # of the prompt, and of the decode step
+        error = (narrow[rows] - expected[rows]).norm() / expected[rows].norm()
+        assert 0 < error < 0.1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -53,7 +53,8 @@ class _Swapped:
     """A request whose row and pages lie on the host."""
 
     running: _Running
-    pages: list[Tensor]  # per layer, [2, num_blocks, num_kv_heads, block_size, head_dim]
+    # Per layer, of any number type: uint8 [2, num_blocks, num_kv_heads, block_size, bytes of a head]
+    pages: list[Tensor]
     state: Any
     num_positions: int
     pending: NDArray[np.int16]  # [n, num_codebooks], frames that the codec has not seen
@@ -274,7 +275,7 @@ class GPUModelRunner:
         ids = copy_to_device(np.array(block_ids, np.int64), self._device)
         self._swapped[request_id] = _Swapped(
             running=self._requests[request_id],
-            pages=[cache[:, ids].to("cpu") for cache in self._kv_caches],
+            pages=[cache.view(torch.uint8)[:, ids].to("cpu") for cache in self._kv_caches],
             state=self._state.save_row(row),
             num_positions=int(self._num_positions[row]),
             pending=self._pending[row, : self._num_pending[row]].copy(),
@@ -290,7 +291,7 @@ class GPUModelRunner:
         self._block_table.append(row, block_ids)
         ids = copy_to_device(np.array(block_ids, np.int64), self._device)
         for cache, pages in zip(self._kv_caches, swapped.pages, strict=True):
-            cache[:, ids] = pages.to(self._device)
+            cache.view(torch.uint8)[:, ids] = pages.to(self._device)
         self._num_positions[row] = swapped.num_positions
         self._num_pending[row] = len(swapped.pending)
         self._pending[row, : len(swapped.pending)] = swapped.pending
