@@ -2,10 +2,12 @@
 
 Two engines over one random checkpoint, without and with ``--player-deadlines``, take turns. Each
 serves listeners, who play a reply as it comes and ask for the next when they have heard it, and
-other clients, who take complete files and ask for the next at once.
+other clients, who take complete files and ask for the next at once. With ``--turns-alone`` both
+engines order the codec by deadlines, and only the rows' turns in decode steps are off or on.
 
     python -m benchmarks.player_deadlines --size tiny --codec full --listeners 4 --others 28
     python -m benchmarks.player_deadlines --size medium --codec tiny --num-rounds 3 --json out.json
+    python -m benchmarks.player_deadlines --size medium --codec tiny --turns-alone
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -30,8 +32,10 @@ from vllm.benchmarks.figures import percentiles
 from vllm.checkpoints.make_codec import CODEC_SIZES, make_codec
 from vllm.checkpoints.make_model import SIZES, make_model
 from vllm.player import Listener, VirtualPlayer
+from vllm.v1.core.row_turns import RowTurns
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.messages import EngineCoreOutput, EngineCoreRequest, EngineInfo
+from vllm.v1.request import Request
 
 BYTES_PER_SAMPLE = 4
 PROMPT_LENS = (40, 120)
@@ -48,6 +52,13 @@ FIGURES = {
     "audio_s_per_s": "all s/s",
     "others_longest_s": "others' longest s",
 }
+
+
+class NoTurns(RowTurns):
+    """Every row is in every step."""
+
+    def choose(self, running: Collection[Request], now: float) -> None:
+        """None, which stands for all of them."""
 
 
 @dataclass(frozen=True)
@@ -190,12 +201,14 @@ def measure(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]
             policy: make_core(
                 folder,
                 decodes_audio=True,
-                player_deadlines=is_on,
+                player_deadlines=is_on or arguments.turns_alone,
                 max_num_seqs=arguments.max_num_seqs,
                 cpu_threads=arguments.num_threads,
             )
             for policy, is_on in POLICIES.items()
         }
+    if arguments.turns_alone:
+        cores["off"]._scheduler._row_turns = NoTurns(1 / cores["off"].info.frame_rate)
     rounds: list[dict[str, dict[str, float]]] = []
     for index in tqdm(range(arguments.num_rounds), desc="rounds", unit="round"):
         order = list(cores) if index % 2 == 0 else list(reversed(cores))
@@ -236,6 +249,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-rounds", type=int, default=3)
     parser.add_argument("--max-num-seqs", type=int, default=0, help="0: all clients together")
     parser.add_argument("--num-threads", type=int, default=0, help="0: the engine's choice")
+    parser.add_argument(
+        "--turns-alone",
+        action="store_true",
+        help="the codec goes by deadlines in both; only the rows' turns are off or on",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     if arguments.listeners < 1 or arguments.others < 0:

@@ -92,3 +92,10 @@ def test_ratios_are_taken_round_by_round() -> None:
     for figures in rounds:
         figures["off"]["stalled_s"] = 0.0
     assert compare(rounds)["ratios"]["stalled_s"] is None
+
+
+def test_without_turns_every_step_is_over_all_rows() -> None:
+    turns = player_deadlines.NoTurns(0.04)
+    turns.record(10.0)  # as on a saturated device
+    assert turns.choose([], now=0.0) is None
+    assert turns.is_whole
