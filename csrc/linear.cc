@@ -192,6 +192,21 @@ void multiply_few(const TileCall& call, int64_t begin, int64_t end) {
   for (; panel < end; ++panel) narrow(call, panel, 0, all);
 }
 
+constexpr int64_t kCacheLine = 64;  // bytes
+
+// Fetches part `index` of `count` of the weights that follow these steps of a panel. Other layers
+// and pages have taken their place in the cache since the last product.
+template <typename Format>
+void fetch_ahead(const TileCall& call, int64_t first_step, int64_t num_steps, int64_t end_step,
+                 int index, int count) {
+  const int64_t step_bytes = Format::kLoadsPerStep * kPanelWords * int64_t{sizeof(uint32_t)};
+  const int64_t left = end_step - first_step;
+  const Range range = part_of((left < num_steps ? left : num_steps) * step_bytes, index, count);
+  const char* weights =
+      reinterpret_cast<const char*>(call.weights.panels) + first_step * step_bytes;
+  for (int64_t i = range.begin; i < range.end; i += kCacheLine) __builtin_prefetch(weights + i);
+}
+
 // Blocks of rows in turn by parts of a panel that stay in the cache.
 template <typename Format>
 void multiply_many(const TileCall& call, int64_t begin, int64_t end) {
@@ -205,6 +220,8 @@ void multiply_many(const TileCall& call, int64_t begin, int64_t end) {
         const Range rows = part_of(num_rows, block, num_blocks);
         const Segment segment{first, last, partial + rows.begin * 2 * F32::kLanes};
         narrow_tile<Format>(rows.end - rows.begin)(call, panel, rows.begin, segment);
+        fetch_ahead<Format>(call, panel * num_steps + last, last - first, end * num_steps, block,
+                            num_blocks);
       }
     }
   }

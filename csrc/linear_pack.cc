@@ -25,7 +25,7 @@ int64_t steps_of(WeightFormat format, int64_t num_inputs) {
 }
 
 int64_t words_per_step(WeightFormat format) {
-  return kPanelWords * (format == WeightFormat::kInt4 ? Int4Format::kLoadsPerGroup : 1);
+  return kPanelWords * (format == WeightFormat::kInt4 ? Int4Format::kLoadsPerStep : 1);
 }
 
 int64_t scale_bytes(const LinearWeights& weights) {
@@ -76,7 +76,7 @@ uint32_t interleave_nibbles(const uint8_t* bytes) {
 }
 
 void pack_nibbles(const uint8_t* row, int64_t num_steps, uint32_t* to) {
-  for (int64_t i = 0; i < num_steps * Int4Format::kLoadsPerGroup; ++i) {
+  for (int64_t i = 0; i < num_steps * Int4Format::kLoadsPerStep; ++i) {
     to[i * kPanelWords] = interleave_nibbles(row + i * 4);
   }
 }

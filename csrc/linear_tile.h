@@ -44,6 +44,7 @@ using Tile = void (*)(const TileCall& call, int64_t panel, int64_t row, const Se
 struct Float32Format {
   using Sum = F32;
   static constexpr int kMaxRows = kNumRegisters == 32 ? 8 : 6;
+  static constexpr int64_t kLoadsPerStep = 1;  // of a panel's two vectors of weights
 
   template <int kRows, int kPanels>
   static HAV_INLINE void start(const TileCall&, int64_t, int64_t, F32 (&sums)[kRows][kPanels][2]) {
@@ -112,6 +113,7 @@ HAV_INLINE void add_word_steps(const TileCall& call, int64_t panel, int64_t row,
 struct Bfloat16Format {
   using Sum = F32;
   static constexpr int kMaxRows = Float32Format::kMaxRows;
+  static constexpr int64_t kLoadsPerStep = 1;
 
   static HAV_INLINE F32 dot(F32 sum, I32 weights, I32 inputs) {
     return dot2_bf16(sum, weights, inputs);
@@ -135,6 +137,7 @@ struct Bfloat16Format {
 struct Int8Format {
   using Sum = I32;
   static constexpr int kMaxRows = Float32Format::kMaxRows;
+  static constexpr int64_t kLoadsPerStep = 1;
 
   static HAV_INLINE I32 dot(I32 sum, I32 weights, I32 inputs) {
     return dot4_s8(sum, weights, inputs);
@@ -169,7 +172,8 @@ struct Int4Format {
   using Sum = F32;
   static constexpr int kMaxRows = 4;
   static constexpr int64_t kWordsPerGroup = kInt4GroupSize / 4;  // of inputs
-  static constexpr int64_t kLoadsPerGroup = kInt4GroupSize / 8;  // of weights: two words each
+  static constexpr int64_t kLoadsPerStep =
+      kInt4GroupSize / 8;  // of words that hold two steps of inputs
 
   template <int kRows, int kPanels>
   static HAV_INLINE void start(const TileCall& call, int64_t panel, int64_t row,
@@ -191,7 +195,7 @@ struct Int4Format {
                                    int64_t group, F32 (&sums)[kRows][kPanels][2]) {
     const PreparedRows& rows = call.rows;
     const int64_t index = panel * call.weights.num_steps + group;
-    const uint32_t* weights = call.weights.panels + index * kLoadsPerGroup * kPanelWords;
+    const uint32_t* weights = call.weights.panels + index * kLoadsPerStep * kPanelWords;
     const uint32_t* inputs = rows.words + row * rows.stride + group * kWordsPerGroup;
     I32 products[kRows][2];
 #pragma GCC unroll 8
@@ -200,7 +204,7 @@ struct Int4Format {
       products[r][0] = products[r][1] = splat_i32(sum);
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < kLoadsPerGroup; ++i) {
+    for (int i = 0; i < kLoadsPerStep; ++i) {
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
         const I32 nibbles = load_words(weights + i * kPanelWords + v * I32::kLanes);
