@@ -1,4 +1,4 @@
-"""The decode step of few launches computes what the model's layers do."""
+"""Steps of few launches, decode and prefill, compute what the model's layers do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from torch import Tensor
 from vllm.checkpoints.make_model import _template
 from vllm.forward_context import set_forward_context
 from vllm.kernels import native
-from vllm.kernels.attention import DecodeMetadata
+from vllm.kernels.attention import (
+    DecodeMetadata,
+    PrefillMetadata,
+    PrefillSequence,
+    _plan_fused,
+)
 from vllm.kernels.cache import allocate_kv_caches
 from vllm.kernels.fused_step import FusedRows, FusedStep
 from vllm.kernels.quantize import WeightFormat
@@ -98,3 +103,29 @@ def test_idle_rows_do_not_disturb_others(case: Case) -> None:
     alone = step(torch.tensor([2, 2]), torch.tensor([30, 30]), MAX_LEN)[:1].clone()
     beside = step(torch.tensor([2, 3]), torch.tensor([30, -1]), MAX_LEN)[:1]
     torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_text_rows", [0, 13, 30])
+def test_prefill_fills_the_pages_that_the_layers_fill(case: Case, num_text_rows: int) -> None:
+    """Two sequences, one of them from its 5th position on, whose rows are sorted by kind."""
+    order = torch.randperm(30)
+    sequences = [
+        PrefillSequence(order[:20], case.tables[0], start=0, length=20),
+        PrefillSequence(order[20:], case.tables[1], start=4, length=10),
+    ]
+    metadata = PrefillMetadata.build(sequences, BLOCK_SIZE)
+    positions = torch.empty(30, dtype=torch.int64)
+    for each in sequences:
+        positions[each.rows] = torch.arange(each.start, each.start + each.length)
+    hidden = torch.randn(30, case.model.spec.hidden_size)
+    before = [cache.clone() for cache in case.caches]
+    with set_forward_context(metadata, case.caches):
+        case.model.fill_cache(hidden, positions, num_text_rows)
+    expected = [cache.clone() for cache in case.caches]
+    for cache, content in zip(case.caches, before, strict=True):
+        cache.copy_(content)
+    prefill = case.model.fused_prefill(max_rows=32)
+    prefill(hidden, (num_text_rows, 30 - num_text_rows), _plan_fused(metadata), case.caches)
+    for cache, pages, content in zip(case.caches, expected, before, strict=True):
+        torch.testing.assert_close(cache, pages, rtol=2e-4, atol=2e-5)
+        assert not torch.equal(cache, content)

@@ -30,7 +30,15 @@ from vllm.kernels.skinny_linear import (
     residual_linear,
 )
 
-__all__ = ["FusedLayer", "FusedRows", "FusedStep", "FusedWeights", "Matrix", "can_fuse"]
+__all__ = [
+    "FusedLayer",
+    "FusedRows",
+    "FusedStep",
+    "FusedWeights",
+    "Matrix",
+    "can_fuse",
+    "product_dtype",
+]
 
 Matrix = Tensor | QuantizedWeight  # [num_outputs, num_inputs]
 
@@ -82,6 +90,16 @@ def _is_fp8(matrix: Matrix) -> bool:
     return isinstance(matrix, QuantizedWeight) and matrix.format is WeightFormat.FP8
 
 
+def product_dtype(weights: FusedWeights) -> torch.dtype:
+    """What inputs of products are made in.
+
+    fp8 becomes float16 in fewer instructions than bfloat16, and float16 holds these inputs.
+    """
+    dtype = weights.norm.dtype
+    has_fp8 = any(_is_fp8(each) for each in (weights.layers[0].qkv, weights.head))
+    return torch.float16 if has_fp8 and dtype == torch.bfloat16 else dtype
+
+
 class FusedStep:
     """Computes logits of rows, and writes the keys and values of their last frames.
 
@@ -106,9 +124,7 @@ class FusedStep:
         self._rows = rows
         table = weights.embedding
         device, dtype = table.device, table.dtype
-        # fp8 becomes float16 in fewer instructions than bfloat16, and float16 holds these inputs.
-        has_fp8 = any(_is_fp8(each) for each in (weights.layers[0].qkv, weights.head))
-        product_dtype = torch.float16 if has_fp8 and dtype == torch.bfloat16 else dtype
+        input_dtype = product_dtype(weights)
         first = weights.layers[0]
         matrices = [weights.head]
         for layer in weights.layers[:1]:  # all layers are alike
@@ -120,12 +136,10 @@ class FusedStep:
             device=device,
             batch_invariant=batch_invariant,
         )
-        self._stream = ResidualRows.allocate(
-            max_batch, table.shape[1], dtype, device, product_dtype
-        )
+        self._stream = ResidualRows.allocate(max_batch, table.shape[1], dtype, device, input_dtype)
         self._qkv = torch.empty(max_batch, first.qkv.shape[0], dtype=dtype, device=device)
         gated_width = first.gate_up.shape[0] // 2
-        self._gated = torch.empty(max_batch, gated_width, dtype=product_dtype, device=device)
+        self._gated = torch.empty(max_batch, gated_width, dtype=input_dtype, device=device)
         self._logits = torch.empty(max_batch, weights.head.shape[0], device=device)
         # How many splits of a row and head have been attended to; zeros between launches.
         num_arrivals = max_batch * rows.kv_caches[0].shape[2]

@@ -20,7 +20,8 @@ from vllm.exceptions import CheckpointError
 from vllm.forward_context import get_forward_context
 from vllm.kernels.attention import AttentionPlan, plan_attention
 from vllm.kernels.decode_step import DecoderLayer, DecoderWeights
-from vllm.kernels.fused_step import FusedLayer, FusedWeights
+from vllm.kernels.fused_prefill import FusedPrefill
+from vllm.kernels.fused_step import FusedLayer, FusedWeights, can_fuse
 from vllm.kernels.linear import DEFAULT_ROW_QUANTUM, pad_rows
 from vllm.kernels.quantize import WeightFormat, head_format
 from vllm.model_executor.layers import (
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 _TEXT_HEAD = "text_lm_head.weight"
+_MIN_PREFILL_ROWS = 1024  # that fused prefill steps are made for
 _HEADS = ("audio_head", "text_head")
 _BOSON_HEADS = "audio_decoder_proj."
 _BOSON_AUDIO_EMBEDDING = "audio_codebook_embeddings.weight"
@@ -84,6 +86,7 @@ class HiggsAudioModel(nn.Module):
         self.config = config
         self.spec = _spec(config, dtype, activations, max_model_len)
         self._row_quantum = DEFAULT_ROW_QUANTUM
+        self._fused_prefill: FusedPrefill | None = None  # made by the first prefill that wants it
         self.text_embedding = Embedding(config.vocab_size, hidden_size, dtype)
         self.audio_embedding = CodebookEmbedding(
             config.num_codebooks, config.codebook_size, hidden_size, activations
@@ -188,6 +191,10 @@ class HiggsAudioModel(nn.Module):
         return normed[:num_rows]
 
     def fill_cache(self, hidden: Tensor, positions: Tensor, num_text_rows: int) -> None:
+        spec = self.spec
+        if can_fuse(hidden.device, hidden_size=spec.hidden_size, head_dim=spec.head_dim):
+            self._fill_cache_fused(hidden, num_text_rows)
+            return
         step = self._prepare(hidden, positions, num_text_rows)
         hidden = step.hidden
         for layer, cache in zip(self.layers[:-1], step.caches[:-1], strict=True):
@@ -195,6 +202,22 @@ class HiggsAudioModel(nn.Module):
         last = self.layers[-1]
         assert isinstance(last, _DualLayer)
         last.store(hidden, step.rotary, step.caches[-1], step.plan, step.num_text_rows)
+
+    def _fill_cache_fused(self, hidden: Tensor, num_text_rows: int) -> None:
+        context = get_forward_context()
+        plan = plan_attention(context.attn_metadata, context.kv_caches[0])
+        assert plan.fused is not None, "kernels attend wherever they multiply"
+        num_rows = len(hidden)
+        if self._fused_prefill is None or self._fused_prefill.max_rows < num_rows:
+            self._fused_prefill = self.fused_prefill(max(num_rows, _MIN_PREFILL_ROWS))
+        counts = (num_text_rows, num_rows - num_text_rows)
+        self._fused_prefill(hidden, counts, plan.fused, context.kv_caches)
+
+    def fused_prefill(self, max_rows: int) -> FusedPrefill:
+        """``fill_cache`` in few launches, for steps of so many rows; only where ``can_fuse``."""
+        kinds = [self._fused_weights(of_text=of_text) for of_text in (True, False)]
+        is_invariant = self._row_quantum > 1
+        return FusedPrefill(kinds, max_rows=max_rows, batch_invariant=is_invariant)
 
     def _prepare(self, hidden: Tensor, positions: Tensor, num_text_rows: int) -> _Step:
         context = get_forward_context()
@@ -235,10 +258,13 @@ class HiggsAudioModel(nn.Module):
         )
 
     def fused_weights(self) -> FusedWeights:
+        return self._fused_weights(of_text=False)
+
+    def _fused_weights(self, *, of_text: bool) -> FusedWeights:
         layers = [layer for layer in self.layers if isinstance(layer, _DualLayer)]
         return FusedWeights(
             embedding=self.audio_embedding.weight,
-            layers=tuple(layer.fused_layer() for layer in layers),
+            layers=tuple(layer.fused_layer(of_text=of_text) for layer in layers),
             norm=self.norm.weight,
             head=self.audio_head.skinny_weight(),
             cos=self.rotary.cos,
@@ -255,6 +281,7 @@ class HiggsAudioModel(nn.Module):
         return max(prod(matrix.shape) for matrix in self._linears())
 
     def set_row_quantum(self, quantum: int) -> None:
+        self._fused_prefill = None
         self._row_quantum = quantum
         for matrix in self._linears():
             matrix.row_quantum = quantum
@@ -343,15 +370,19 @@ class _DualLayer(Layer):
             down=self.audio_ffn.down.native_matrix(),
         )
 
-    def fused_layer(self) -> FusedLayer:
-        """The same for steps that a device takes; packed weights are contiguous there already."""
+    def fused_layer(self, *, of_text: bool) -> FusedLayer:
+        """The layer as one kind of row sees it, for steps that a device takes.
+
+        Packed weights are contiguous there already.
+        """
+        ffn = self.text_ffn if of_text else self.audio_ffn
         return FusedLayer(
-            input_norm=self.audio_input_norm.weight,
+            input_norm=(self.text_input_norm if of_text else self.audio_input_norm).weight,
             qkv=self.attention.qkv.skinny_weight(),
             output=self.attention.output.skinny_weight(),
-            post_norm=self.audio_post_norm.weight,
-            gate_up=self.audio_ffn.gate_up.skinny_weight(),
-            down=self.audio_ffn.down.skinny_weight(),
+            post_norm=(self.text_post_norm if of_text else self.audio_post_norm).weight,
+            gate_up=ffn.gate_up.skinny_weight(),
+            down=ffn.down.skinny_weight(),
         )
 
     def _normed(self, x: Tensor, num_text_rows: int) -> Tensor:
