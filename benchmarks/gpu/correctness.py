@@ -29,7 +29,7 @@ def run(suite: Suite) -> None:
     context = suite.scale.contexts[-1]
     for case in suite.in_time(_cases(suite, rows, context)):
         _against_float64(suite, case)
-        _rows_alone(suite, case, rows)
+        _rows_alone(suite, case)
         _repeated(suite, case)
     if suite.uses_triton:
         _sampler(suite)
@@ -38,20 +38,21 @@ def run(suite: Suite) -> None:
 
 def _cases(suite: Suite, rows: int, context: int) -> Iterator[Case]:
     yield from linear_cases.linear_cases(suite, rows, is_cold=False)
+    yield from linear_cases.linear_cases(suite, rows, is_cold=False, is_fp8=True)
     yield linear_cases.embed_case(suite, rows)
     yield kernel_cases.attention_case(suite, min(rows, 64), context, is_cold=False)
 
 
 def _against_float64(suite: Suite, case: Case) -> None:
     exact = case.exact()
-    error = (case.ours[0]().double() - exact).norm() / exact.norm()
+    error = (case.first_rows(case.num_rows).double() - exact).norm() / exact.norm()
     suite.check(f"{case.kernel} {case.shape} against float64", error.item(), case.limit)
 
 
-def _rows_alone(suite: Suite, case: Case, rows: int) -> None:
+def _rows_alone(suite: Suite, case: Case) -> None:
     """Bits of the first rows when no others are there."""
-    whole = case.ours[0]().clone()
-    counts = [count for count in suite.scale.invariant_rows if count <= len(whole)]
+    whole = case.first_rows(case.num_rows)
+    counts = [count for count in suite.scale.invariant_rows if count <= case.num_rows]
     differing = [
         count for count in counts if not torch.equal(case.first_rows(count), whole[:count])
     ]
@@ -62,9 +63,10 @@ def _rows_alone(suite: Suite, case: Case, rows: int) -> None:
 
 def _repeated(suite: Suite, case: Case) -> None:
     """The same again and again: kernels whose programs meet must not depend on who is first."""
-    first = case.ours[0]().clone()
+    first = case.first_rows(case.num_rows)
     count = 200 if suite.is_cuda else 2
-    differing = sum(not torch.equal(case.ours[0](), first) for _ in range(count))
+    repeats = (case.first_rows(case.num_rows) for _ in range(count))
+    differing = sum(not torch.equal(each, first) for each in repeats)
     suite.check(f"{case.kernel}: of {count} repeats with other bits", differing, 0)
 
 

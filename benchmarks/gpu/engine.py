@@ -214,7 +214,7 @@ def _small_card(suite: Suite, suffix: str, options: dict[str, Any], kv_itemsize:
     weights = _resident_bytes(suite, options)
     bound = (_SMALL_CARD_BYTES - weights) / (_SMALL_CARD_POSITIONS * per_position)
     name = f"sequences of 1,050 positions in 24e9 bytes{suffix}"
-    suite.add(name, fitting, "", bound=bound, note=note)
+    suite.add(name, fitting, "sequences", bound=bound, note=note)
 
 
 def _resident_bytes(suite: Suite, options: dict[str, Any]) -> float:

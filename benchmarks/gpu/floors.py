@@ -15,6 +15,7 @@ __all__ = [
     "Work",
     "attention",
     "decode_step",
+    "kv_bytes_per_position",
     "linear",
     "matrix_shapes",
     "prefill",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.floors import kv_bytes_per_position
 from benchmarks.gpu.random_engine import make_core
 from benchmarks.gpu.suite import Suite
 from benchmarks.invariance import check_invariance
@@ -14,17 +15,19 @@ from vllm.v1.engine.core import EngineCore
 
 __all__ = ["run"]
 
-_SOLO_BYTES = 2 << 30  # of the cache of the engine for single requests
+_SOLO_POSITIONS = 8192  # in the cache of the engine for single requests
 
 
 def run(suite: Suite) -> None:
     """``benchmarks.invariance`` on the suite's model: arrivals, cancellations, scarce pages."""
+    per_position = kv_bytes_per_position(suite.config, suite.scale.dtype.itemsize)
+    solo_bytes = int(_SOLO_POSITIONS * per_position)
 
     def make(**options: Any) -> EngineCore:
         gc.collect()
         if suite.is_cuda:
             torch.cuda.empty_cache()
-        return make_core(suite, decodes_audio=True, **{"kv_cache_memory": _SOLO_BYTES} | options)
+        return make_core(suite, decodes_audio=True, **{"kv_cache_memory": solo_bytes} | options)
 
     report = check_invariance(
         make,

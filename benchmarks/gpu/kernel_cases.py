@@ -38,15 +38,17 @@ _BLOCK_SIZE = 16
 class Case:
     """One kernel at one shape.
 
-    ``ours`` and ``torch`` hold one call per copy of the operands; all copies give results alike.
+    ``ours`` and ``torch`` hold one call per copy of the operands, to be timed; what they leave in
+    memory may add up.
     """
 
     kernel: str
     shape: str
     ours: tuple[Callable[[], Tensor], ...]
     torch: tuple[Callable[[], Tensor], ...]  # the plain product or attention, without what we fuse
-    exact: Callable[[], Tensor]  # float64, of the first copy
-    first_rows: Callable[[int], Tensor]  # ours for the first rows alone
+    num_rows: int
+    first_rows: Callable[[int], Tensor]  # ours for the first rows alone, of the first copy
+    exact: Callable[[], Tensor]  # float64, of all rows of the first copy
     work: Work
     limit: float  # of ||ours - exact|| / ||exact||
 
@@ -77,10 +79,8 @@ def attention_case(suite: Suite, batch: int, context: int, *, is_cold: bool) -> 
     sin = torch.cat([-angles.sin(), angles.sin()], -1).to(dtype)
     scale = dim**-0.5
 
-    def run(cache: Tensor, count: int) -> Tensor:
-        # The face may rotate queries and keys in place.
-        part = qkv[:count].clone()
-        where = (tables, rows[:count], positions[:count])
+    def run(cache: Tensor, part: Tensor) -> Tensor:
+        where = (tables, rows[: len(part)], positions[: len(part)])
         return rope_write_attend(part, cos, sin, cache, *where, num_heads, scale)
 
     def exact() -> Tensor:
@@ -95,18 +95,20 @@ def attention_case(suite: Suite, batch: int, context: int, *, is_cold: bool) -> 
         return (weights @ values).flatten(1)
 
     dense = torch.randn(2, batch, num_kv, context, dim, device=device).to(dtype)
+    own = qkv.clone()  # queries and keys may be rotated in place
     query = qkv[:, : num_heads * dim].view(batch, num_heads, 1, dim)
     return Case(
         kernel="attention",
         shape=f"B={batch} ctx={context}",
-        ours=tuple(lambda cache=cache: run(cache, batch) for cache in caches),
+        ours=tuple(lambda cache=cache: run(cache, own) for cache in caches),
         torch=(
             lambda: F.scaled_dot_product_attention(
                 query, dense[0], dense[1], scale=scale, enable_gqa=True
             ),
         ),
         exact=exact,
-        first_rows=lambda count: run(caches[0], count),
+        num_rows=batch,
+        first_rows=lambda count: run(caches[0], qkv[:count].clone()),
         work=work,
         limit=max(LIMITS[dtype], 5e-6),
     )

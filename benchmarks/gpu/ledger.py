@@ -42,8 +42,8 @@ class Figure:
         """How far from the bound, 1 at best, for times and for rates."""
         if not self.bound or not self.value:
             return None
-        is_rate = "/s" in self.unit
-        return self.bound / self.value if is_rate else self.value / self.bound
+        more_is_better = self.unit.endswith("/s") or self.unit == "sequences"
+        return self.bound / self.value if more_is_better else self.value / self.bound
 
 
 @dataclass(frozen=True)

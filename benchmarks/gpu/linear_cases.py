@@ -15,6 +15,7 @@ from benchmarks.gpu import floors
 from benchmarks.gpu.floors import Work
 from benchmarks.gpu.kernel_cases import COLD_BYTES, LIMITS, Case
 from benchmarks.gpu.suite import Suite
+from vllm.kernels.quantize import QuantizedWeight, WeightFormat, quantize
 from vllm.kernels.skinny_linear import (
     LinearWorkspace,
     ResidualRows,
@@ -28,26 +29,33 @@ __all__ = ["embed_case", "linear_cases"]
 
 _EPS = 1e-5
 
-LinearCall = Callable[[Tensor, int], Tensor]
+LinearCall = Callable[..., Tensor]  # weight, number of rows, is_fresh -> the product
 
 
-def linear_cases(suite: Suite, rows: int, *, is_cold: bool) -> Iterator[Case]:
-    """The products of a decode step, with norm, gate and residual as the step has them."""
-    shapes = floors.matrix_shapes(suite.config)
-    for name, shape in shapes.items():
-        yield _linear_case(suite, name, shape, rows, is_cold=is_cold)
+def linear_cases(suite: Suite, rows: int, *, is_cold: bool, is_fp8: bool = False) -> Iterator[Case]:
+    """The products of a decode step, with norm, gate and residual as the step has them.
+
+    With ``is_fp8`` weights are of 8 bits, and inputs of the model's type.
+    """
+    for name in floors.matrix_shapes(suite.config):
+        yield _linear_case(suite, name, rows, is_cold=is_cold, is_fp8=is_fp8)
 
 
-def _linear_case(
-    suite: Suite, name: str, shape: tuple[int, int], rows: int, *, is_cold: bool
-) -> Case:
+def _linear_case(suite: Suite, name: str, rows: int, *, is_cold: bool, is_fp8: bool) -> Case:
+    shape = floors.matrix_shapes(suite.config)[name]
     num_outputs, num_inputs = shape
     dtype, device = suite.scale.dtype, suite.device
-    num_bytes = num_outputs * num_inputs * dtype.itemsize
+    itemsize = 1 if is_fp8 else dtype.itemsize
+    num_bytes = num_outputs * num_inputs * itemsize
     copies = max(COLD_BYTES // num_bytes, 1) if is_cold and suite.is_cuda else 1
     weights = [
         (torch.randn(shape, device=device) * num_inputs**-0.5).to(dtype) for _ in range(copies)
     ]
+    kept: list[Tensor | QuantizedWeight] = [*weights]
+    exact_weight = weights[0]
+    if is_fp8:
+        rounded = [quantize(each, WeightFormat.FP8) for each in weights]
+        kept, exact_weight = [*rounded], rounded[0].dequantize()
     workspace = LinearWorkspace([shape], rows, dtype=dtype, device=device)
     hidden = torch.randn(rows, num_inputs, device=device).to(dtype)
     gain = (1 + 0.05 * torch.randn(num_inputs, device=device)).to(dtype)
@@ -60,13 +68,14 @@ def _linear_case(
         exact = _exact_gated if is_gated else _exact_normed
     scaled = (hidden.float() * gain.float()).to(dtype)
     return Case(
-        kernel=name,
+        kernel=f"{name} fp8" if is_fp8 else name,
         shape=f"rows={rows}",
-        ours=tuple(lambda w=w: run(w, rows) for w in weights),
+        ours=tuple(lambda w=w: run(w, rows, is_fresh=False) for w in kept),
         torch=tuple(lambda w=w: F.linear(scaled, w) for w in weights),
-        exact=lambda: exact(hidden.double(), gain.double(), weights[0].double()),
-        first_rows=lambda count: run(weights[0], count).clone(),
-        work=floors.linear(rows, shape, itemsize=dtype.itemsize, activation=dtype.itemsize),
+        num_rows=rows,
+        first_rows=lambda count: run(kept[0], count, is_fresh=True).clone(),
+        exact=lambda: exact(hidden.double(), gain.double(), exact_weight.double()),
+        work=floors.linear(rows, shape, itemsize=itemsize, activation=dtype.itemsize),
         limit=LIMITS[dtype],
     )
 
@@ -80,7 +89,7 @@ def _normed_call(
     out = torch.empty(len(hidden), width, dtype=hidden.dtype, device=hidden.device)
     function = gated_linear if is_gated else normed_linear
 
-    def run(weight: Tensor, count: int) -> Tensor:
+    def run(weight: Tensor | QuantizedWeight, count: int, *, is_fresh: bool) -> Tensor:
         function(residual.first(count), _EPS, weight, out[:count], workspace)
         return out[:count]
 
@@ -88,13 +97,14 @@ def _normed_call(
 
 
 def _residual_call(x: Tensor, num_outputs: int, workspace: LinearWorkspace) -> LinearCall:
-    """Adds to a stream of zeros, which is zeroed again in each call."""
+    """Adds to a stream, of zeros where the call is a fresh one."""
     rows = ResidualRows.allocate(len(x), num_outputs, x.dtype, x.device)
     gain = torch.ones(num_outputs, dtype=x.dtype, device=x.device)
 
-    def run(weight: Tensor, count: int) -> Tensor:
+    def run(weight: Tensor | QuantizedWeight, count: int, *, is_fresh: bool) -> Tensor:
         part = rows.first(count)
-        part.hidden.zero_()
+        if is_fresh:
+            part.hidden.zero_()
         residual_linear(x[:count], weight, gain, part, workspace)
         return part.hidden
 
@@ -147,8 +157,9 @@ def embed_case(suite: Suite, rows: int) -> Case:
         shape=f"rows={rows}",
         ours=(lambda: run(rows),),
         torch=(lambda: F.embedding(frames + offsets, table).sum(1),),
-        exact=lambda: table.double()[frames + offsets].sum(1),
+        num_rows=rows,
         first_rows=lambda count: run(count).clone(),
+        exact=lambda: table.double()[frames + offsets].sum(1),
         work=Work(num_bytes),
         limit=LIMITS[dtype],
     )

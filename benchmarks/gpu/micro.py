@@ -23,6 +23,9 @@ def run(suite: Suite) -> None:
         for case in linear_cases.linear_cases(suite, rows, is_cold=True):
             _measure(suite, case)
         _measure(suite, linear_cases.embed_case(suite, rows))
+    for rows in suite.in_time(scale.sampler_rows):
+        for case in linear_cases.linear_cases(suite, rows, is_cold=True, is_fp8=True):
+            _measure(suite, case)
     for batch, context in suite.in_time(itertools.product(scale.attention_batches, scale.contexts)):
         _measure(suite, kernel_cases.attention_case(suite, batch, context, is_cold=True))
     if suite.uses_triton:

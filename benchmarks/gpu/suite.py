@@ -71,7 +71,7 @@ FULL = Scale(
     max_model_len=2048,
     engine_streams=(1, 8, 32, 64, 128, 256),
     requests_per_stream=4,
-    num_invariance_requests=48,
+    num_invariance_requests=38,
     num_rounds=20,
 )
 
@@ -94,7 +94,7 @@ TOY = Scale(
     max_model_len=128,
     engine_streams=(1, 2),
     requests_per_stream=1,
-    num_invariance_requests=4,
+    num_invariance_requests=3,
     num_rounds=2,
     short=(20, 18),
     long=(24, 18),
