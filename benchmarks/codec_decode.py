@@ -6,6 +6,7 @@ The peer is transformers' own model class on the same files.
     python -m benchmarks.codec_decode
     python -m benchmarks.codec_decode --sizes full --num-frames 250 --json out.json
     python -m benchmarks.codec_decode --num-threads 1 --clock thread
+    python -m benchmarks.codec_decode --rounding --sizes full --num-frames 50
 """
 
 from __future__ import annotations
@@ -95,6 +96,62 @@ def measure(
     }
 
 
+def to_int8(x: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """``x`` in steps of a 127th of its largest magnitude over ``dim``."""
+    scale = x.abs().amax(dim, keepdim=True).clamp_(min=1e-30) / 127
+    return (x / scale).round_() * scale
+
+
+def measure_rounding(size: str, *, num_frames: int) -> dict[str, float]:
+    """Signal-to-noise ratio, dB, of samples when products take rounded numbers, by torch.
+
+    Sums, biases, Snakes and residuals stay float32. int8 weights have a scale per output, inputs
+    one per position.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        make_codec(Path(name), layout="transformers", size=size, seed=0)
+        codec = load_codec(Path(name), device="cpu")
+    shape = (1, codec.num_codebooks, num_frames)
+    codes = torch.randint(codec.codebook_size, shape, generator=torch.Generator().manual_seed(0))
+    decoder: torch.nn.Module = codec.acoustic_decoder  # type: ignore[attr-defined]
+    convs = [
+        m for m in decoder.modules() if isinstance(m, torch.nn.Conv1d | torch.nn.ConvTranspose1d)
+    ]
+    plain = [conv.weight.detach().clone() for conv in convs]
+
+    def weights_in_int8(conv: torch.nn.Module, weight: Tensor) -> Tensor:
+        is_transposed = isinstance(conv, torch.nn.ConvTranspose1d)
+        return to_int8(weight, (0, 2) if is_transposed else (1, 2))
+
+    def decode(round_weight: Callable[..., Tensor], round_input: Callable[..., Tensor]) -> Tensor:
+        handles = []
+        for conv, weight in zip(convs, plain, strict=True):
+            conv.weight.data = round_weight(conv, weight)
+            hook = lambda _, inputs: (round_input(inputs[0]), *inputs[1:])  # noqa: E731
+            handles.append(conv.register_forward_pre_hook(hook))
+        samples = by_torch(codec.decode, codes)
+        for handle in handles:
+            handle.remove()
+        return samples
+
+    def to_bf16(x: Tensor) -> Tensor:
+        return x.bfloat16().float()
+
+    variants: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+        "bfloat16 weights": (lambda _, w: to_bf16(w), lambda x: x),
+        "bfloat16": (lambda _, w: to_bf16(w), to_bf16),
+        "int8 weights": (weights_in_int8, lambda x: x),
+        "int8": (weights_in_int8, lambda x: to_int8(x, (1,))),
+    }
+    with torch.inference_mode():
+        exact = decode(lambda _, w: w, lambda x: x)
+        power = exact.square().mean()
+        return {
+            name: 10 * torch.log10(power / (decode(*each) - exact).square().mean()).item()
+            for name, each in variants.items()
+        }
+
+
 def load_reference(folder: Path) -> Any:
     """transformers' codec. Its module imports torchaudio, which decoding never calls."""
     if "torchaudio" not in sys.modules:
@@ -178,10 +235,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="wall",
         help="thread: CPU time of one thread, for a machine that others use too",
     )
+    parser.add_argument(
+        "--rounding", action="store_true", help="measure the noise of rounded products instead"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)
+    if arguments.rounding:
+        for size in arguments.sizes:
+            ratios = measure_rounding(size, num_frames=arguments.num_frames)
+            print(format_table([f"{size}, SNR dB", *ratios], [["", *ratios.values()]]))
+        return 0
     results = [
         measure(
             size,

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.codec_decode import measure_rounding
+
 
 def test_tiny_codec_is_measured_and_written(tmp_path: Path, repo_root: Path) -> None:
     target = tmp_path / "out.json"
@@ -26,3 +28,9 @@ def test_tiny_codec_is_measured_and_written(tmp_path: Path, repo_root: Path) -> 
     assert result["audio_s"] == pytest.approx(1.2)
     rivals = {"one-shot", "torch", "transformers", "streamed", "torch streamed", "first chunk"}
     assert result["seconds"].keys() == rivals
+
+
+def test_fewer_bits_are_noisier() -> None:
+    ratios = measure_rounding("tiny", num_frames=4)
+    assert ratios["bfloat16 weights"] > ratios["int8 weights"] > 5
+    assert ratios["bfloat16"] > ratios["int8"] > 5
