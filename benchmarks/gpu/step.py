@@ -30,6 +30,7 @@ def run(suite: Suite) -> None:
     _measure(suite, " eager", {"enforce_eager": True}, some, (item, item))
     _measure(suite, " not invariant", {"batch_invariant": False}, some, (item, item))
     _cost_of_invariance(suite, some)
+    _measure(suite, " fp8 weights", {"quantization": "fp8"}, some, (1, item))
     _measure(suite, " fp8", FP8_OPTIONS, some, (1, 1))
 
 
@@ -49,6 +50,9 @@ def _measure(
     itemsizes: tuple[float, float],
 ) -> None:
     """One engine, with all cases over it."""
+    if suite.is_over:
+        suite.note(f"no time left for the engine{suffix}")
+        return
     most = max(batch for batch, _ in cases)
     try:
         with open_core(

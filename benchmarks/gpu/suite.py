@@ -130,11 +130,16 @@ class Suite:
         self._section = section
         self._deadline = time.monotonic() + self.seconds_per_section
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the section has used its time up."""
+        return time.monotonic() > self._deadline
+
     def in_time(self, cases: Iterable[T]) -> Iterator[T]:
         """The cases, as long as the section has time; what is left out is noted."""
         cases = list(cases)
         for index, case in enumerate(cases):
-            if time.monotonic() > self._deadline:
+            if self.is_over:
                 left_out = ", ".join(map(str, cases[index:]))
                 self.note(f"no time left for {left_out}")
                 return
