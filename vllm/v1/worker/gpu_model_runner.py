@@ -20,6 +20,7 @@ from torch import Tensor
 from vllm.forward_context import set_forward_context
 from vllm.kernels.attention import PrefillMetadata, PrefillSequence, reads_unwritten
 from vllm.kernels.cache import clear_blocks
+from vllm.kernels.linear_config import ROW_BUCKETS
 from vllm.logger import get_logger
 from vllm.model_executor.framing import DelayFraming
 from vllm.model_executor.models.interface import SpeechModel
@@ -122,6 +123,7 @@ class GPUModelRunner:
         self._state = state
         self._codec = codec
         self._kv_caches = kv_caches
+        self._has_mirrors = has_mirrors
         self._clears_blocks = reads_unwritten(kv_caches[0])
         self._block_size = block_size
         self._device = device
@@ -195,7 +197,28 @@ class GPUModelRunner:
     def warm_up(self) -> None:
         """Do whatever must not happen in the first steps."""
         with torch.inference_mode():
+            if self._has_mirrors:
+                self._warm_up_prefill()
             self._decoder.warm_up()
+
+    def _warm_up_prefill(self) -> None:
+        """Let kernels for every number of rows be built, with rows of both kinds.
+
+        All positions lie in the block that nobody owns. Where the rows of the second kind begin
+        decides how their memory is aligned, and kernels are built for either.
+        """
+        spec, device = self._model.spec, self._device
+        spare_block = self._kv_caches[0].shape[1] - 1
+        for num_rows in sorted({min(rows, spec.max_model_len) for rows in ROW_BUCKETS}):
+            rows = torch.arange(num_rows, device=device)
+            num_blocks = -(-num_rows // self._block_size)
+            table = torch.full((num_blocks,), spare_block, device=device)
+            sequence = PrefillSequence(rows, table, start=0, length=num_rows)
+            metadata = PrefillMetadata.build([sequence], self._block_size)
+            hidden = torch.zeros(num_rows, spec.hidden_size, dtype=spec.dtype, device=device)
+            for num_text_rows in (num_rows // 2, num_rows // 2 + 1):
+                with set_forward_context(metadata, self._kv_caches):
+                    self._model.fill_cache(hidden, rows, num_text_rows)
 
     def has_codec_work(self) -> bool:
         """Whether audio or an encoded clip will come without another step."""
