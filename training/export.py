@@ -30,7 +30,7 @@ from vllm.entrypoints.bosonai.voices import SHIPPED_PRESETS
 from vllm.model_executor.codecs.higgs import HiggsCodecConfig, fold_weight_norm
 
 _VOICE = "en_woman"
-_MAX_CHARS = 50  # one sentence, which is what the training texts hold
+_MAX_CHARS = 56  # one sentence, which is what the training texts hold
 _AUDIO_HEAD = "audio_lm_head.weight"
 TEXT_HEAD = "text_lm_head.weight"
 

@@ -32,7 +32,7 @@ DEFAULT_AUDIO_TOKENIZER = "bosonai/higgs-audio-v2-tokenizer"
 EMBEDDED_MODEL_NAME = "higgs-audio-tiny"
 RANDOM_MODEL_NAME = "higgs-audio-random"
 _TOY_NOTICE = (
-    "a toy that shows and tests the engine, hard to understand: one English voice, 898 words, "
+    "a toy that shows and tests the engine, not always understood: one English voice, 898 words, "
     "other words by their letters"
 )
 

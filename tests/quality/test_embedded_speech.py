@@ -84,7 +84,7 @@ def test_nothing_follows_the_end_of_speech(takes):
         loud = np.flatnonzero(levels > QUIET)
         assert len(loud) > 10, take.sentence.text
         assert levels[-1] < QUIET, take.sentence.text  # not cut off in a sound, nor noise
-        assert len(levels) - loud[-1] <= 25, take.sentence.text  # of silence: at most 1 s
+        assert len(levels) - loud[-1] <= 30, take.sentence.text  # of silence: at most 1.2 s
 
 
 def test_the_codec_keeps_words(error_rate, clear_takes):
@@ -146,7 +146,7 @@ def test_a_long_text_is_joined_from_parts_that_all_end(llm, long_takes):
     output = llm.generate(text, SamplingParams(seed=0), use_tqdm=False)[0]
     assert output.finish_reason is FinishReason.STOP  # the worst of all parts
     assert output.stats is not None
-    assert output.stats.num_parts == 4
+    assert output.stats.num_parts == 3
     for take in long_takes:
         assert take.has_ended
         assert 0.8 < take.length_ratio < 1.25
