@@ -58,7 +58,6 @@ def test_most_loops_of_a_model_prone_to_them_are_broken(prone):
     sentences = read_sentences()[:6]
     off = {"ras_window_length": 0, **NEARLY_GREEDY}
     assert figures_of(speak(prone, sentences, [0], **off))["loops"] >= 5
-    # Patterns longer than the window of RAS remain.
     assert figures_of(speak(prone, sentences, [0], **NEARLY_GREEDY))["loops"] <= 2
 
 
