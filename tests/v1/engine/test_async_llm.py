@@ -25,6 +25,8 @@ from vllm.outputs import SpeechOutput
 from vllm.prompts import Voice
 
 HELLO = SpeechPrompt(text="Hello there.")
+# Thousands of steps, so that no machine is done with them before a test has acted.
+ENDLESS = SpeechPrompt(text="A sentence that is not very long. " * 100)
 
 
 class NoVoice:
@@ -51,9 +53,13 @@ async def started(checkpoint: Path, **options: Any) -> AsyncIterator[AsyncLLM[No
 
 
 async def collect(
-    llm: AsyncLLM[NoVoice], request_id: str, params: SamplingParams, **options: Any
+    llm: AsyncLLM[NoVoice],
+    request_id: str,
+    params: SamplingParams,
+    prompt: SpeechPrompt = HELLO,
+    **options: Any,
 ) -> list[SpeechOutput]:
-    return [item async for item in llm.generate(HELLO, params, request_id, **options)]
+    return [item async for item in llm.generate(prompt, params, request_id, **options)]
 
 
 def audio_of(items: list[SpeechOutput]) -> bytes:
@@ -88,10 +94,10 @@ def test_one_process_serves_many_requests_alike(checkpoint: Path) -> None:
             with pytest.raises(InvalidRequestError, match="prompt_token_ids"):
                 await anext(aiter(llm.generate(raw, params, "bad")))
 
-            expired = await collect(llm, "late", SamplingParams(seed=1), timeout_s=0.05)
+            expired = await collect(llm, "late", SamplingParams(seed=1), ENDLESS, timeout_s=0.05)
             assert expired[-1].finish_reason is FinishReason.DEADLINE
 
-            stream = llm.generate(HELLO, SamplingParams(seed=1), "left")
+            stream = llm.generate(ENDLESS, SamplingParams(seed=1), "left")
             await anext(stream)
             await stream.aclose()  # type: ignore[attr-defined]
             while (
@@ -101,7 +107,7 @@ def test_one_process_serves_many_requests_alike(checkpoint: Path) -> None:
                 await asyncio.sleep(0.05)
             assert llm.engine_stats().scheduler.kv_cache_usage == 0
 
-            waiting = asyncio.create_task(collect(llm, "ended", SamplingParams(seed=1)))
+            waiting = asyncio.create_task(collect(llm, "ended", SamplingParams(seed=1), ENDLESS))
             while not llm.engine_stats().scheduler.num_running:
                 await asyncio.sleep(0.01)
             await llm.abort("ended")
@@ -127,7 +133,7 @@ def test_death_ends_every_stream(checkpoint: Path) -> None:
     async def test() -> None:
         async with started(checkpoint) as llm:
             streams = [
-                asyncio.create_task(collect(llm, str(seed), SamplingParams(seed=seed)))
+                asyncio.create_task(collect(llm, str(seed), SamplingParams(seed=seed), ENDLESS))
                 for seed in range(3)
             ]
             while llm.engine_stats().scheduler.num_running < 3:
@@ -149,7 +155,7 @@ def test_death_ends_every_stream(checkpoint: Path) -> None:
 def test_streams_hear_of_the_death_before_a_new_engine_starts(checkpoint: Path) -> None:
     async def test() -> None:
         async with started(checkpoint) as llm:
-            stream = asyncio.create_task(collect(llm, "open", SamplingParams(seed=1)))
+            stream = asyncio.create_task(collect(llm, "open", SamplingParams(seed=1), ENDLESS))
             while not llm.engine_stats().scheduler.num_running:
                 await asyncio.sleep(0.01)
             assert llm._client.pid is not None
