@@ -3,7 +3,7 @@
 Starts a server of its own on the small random model. Clients read to the end, read slowly, leave
 in the middle or before the first byte, or have their request cancelled; a 429 or 503 is a refusal
 by design, all else that goes wrong is a failure. The status is 1 when anything failed, leaked or
-grew, or when a request overtook another that came before it.
+grew, or when requests overtook others that came before them.
 
     python -m benchmarks.soak --minutes 10
 
@@ -11,6 +11,8 @@ The order is what the clients see: a reply's headers come with its first audio. 
 which the first was sent 2 s before the second, is as urgent or more, and had not been answered when
 the second was sent, the second must not be answered 2 s before the first. To the 2 s comes the
 longest answer to a ping in that run, since a starved machine sees events late and in any order.
+One pair in ten may be out of order: requests begin in the queue's order, but their first audio waits
+behind that of listeners who are about to hear silence. Without an order, half of the pairs are wrong.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ NUM_PARTS = 10  # of a run: minutes, when it is as long as it should be
 # may have their first audio, in any order. A turn out of order is off by more: the queue is long.
 ORDER_GAP_S = 2.0
 PING_EVERY_S = 0.2
+MAX_OVERTAKEN = 0.1  # of the pairs whose order is certain
 URGENT = -1  # priority of one request in ten
 BYTES_PER_FRAME = 2 * 960
 OPEN_GAUGES = tuple(f"vllm:num_requests_{state}" for state in ("running", "waiting", "finishing"))
@@ -148,7 +151,7 @@ class Outcome:
             found.append(f"{self.kv_cache_usage:.2%} of the KV cache in use by an idle server")
         if not self.num_pairs:
             found.append("no two requests waited together, so their order is not known")
-        if self.num_overtaken:
+        if self.num_overtaken > MAX_OVERTAKEN * self.num_pairs:
             found.append(f"{self.num_overtaken} of {self.num_pairs} pairs in the wrong order")
         if self.memory_growth > MAX_GROWTH:
             found.append(f"memory grew by {self.memory_growth:.1%}; at most {MAX_GROWTH:.0%}")
