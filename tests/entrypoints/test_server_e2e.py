@@ -35,9 +35,9 @@ from vllm.prompts.higgs_audio import HiggsAudioPromptBuilder
 READY_LIMIT_S = 90
 CHECKPOINT_SEED = 1
 REQUEST = {"input": "Hello, this is a test.", "seed": 42, "max_tokens": 60}
-# Thousands of steps, so that no machine is done with them before a test has acted.
-ENDLESS = ("--max-model-len", "8192")
-ENDLESS_REQUEST = {"input": "A long text. " * 100, "seed": 1, "response_format": "pcm"}
+# Minutes of work for any machine, so that none is done before a test has acted.
+ENDLESS = ("--max-model-len", "8192", "--max-audio-seconds", "0")
+ENDLESS_REQUEST = {"input": "A long text. " * 7000, "seed": 1, "response_format": "pcm"}
 
 
 class RealServer:

@@ -41,7 +41,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return times
 
 
-def make_task(player: VirtualPlayer, num_parts: int = 1) -> SpeechTask:
+def make_task(player: VirtualPlayer | None, num_parts: int = 1) -> SpeechTask:
     prompt = BuiltPrompt(np.zeros(4, np.int32), (), ())
     return SpeechTask(
         "r",
@@ -103,3 +103,14 @@ def test_a_listener_waits_for_audio_unless_it_is_complete(
     absorb(task, 0.0, reason)
     player.leave(300.0)
     assert player.stalls_s == stalls
+
+
+@pytest.mark.parametrize(
+    ("num_parts", "reason"), [(2, FinishReason.DEADLINE), (1, FinishReason.STOP)]
+)
+def test_no_part_follows_once_the_task_is_broken_off(num_parts: int, reason: FinishReason) -> None:
+    task = make_task(None, num_parts)
+    task.next_request()
+    task.break_off(FinishReason.DEADLINE)  # the engine's word of this part's end was on its way
+    absorb(task, 0.1, FinishReason.STOP)
+    assert task.finish_reason is reason

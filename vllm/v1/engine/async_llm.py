@@ -224,6 +224,7 @@ class AsyncLLM(Generic[VoicesT]):
         await self._client.add_request(request)
 
     async def _abort(self, task: SpeechTask, reason: FinishReason) -> None:
+        task.break_off(reason)
         with contextlib.suppress(EngineDeadError):
             await self._client.abort_requests((task.core_id,), reason)
 

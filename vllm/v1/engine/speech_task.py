@@ -105,6 +105,7 @@ class SpeechTask:
         self._num_preemptions = 0
         self._first_audio_s: float | None = None
         self._worst_reason = FinishReason.STOP
+        self._break_off_reason: FinishReason | None = None
         self._first_codes: list[NDArray[np.int16]] = []
         self._prompt: BuiltPrompt | None = None
         self._part_frames = 0  # real frames of the current part
@@ -141,6 +142,14 @@ class SpeechTask:
             priority=self._priority,
             listener=self._listener(),
         )
+
+    def break_off(self, reason: FinishReason) -> None:
+        """Have no part follow the current one; ``reason`` ends the task then.
+
+        The engine is to be told to end the current part. That message may cross with the part's
+        own end, which is why the task must know too.
+        """
+        self._break_off_reason = reason
 
     def absorb(self, output: EngineCoreOutput) -> SpeechOutput:
         """Take an output of the current part; returns the increment for the caller.
@@ -207,7 +216,7 @@ class SpeechTask:
         elif self._index == len(self._parts):
             self.finish_reason = self._worst_reason
         else:
-            self.finish_reason = self._spent()
+            self.finish_reason = self._break_off_reason or self._spent()
 
     def _spent(self) -> FinishReason | None:
         """Which limit over all parts is used up before the next one, if any."""
