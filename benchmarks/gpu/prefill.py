@@ -1,4 +1,7 @@
-"""Section ``prefill``: prompts into the cache, cold and behind a voice that is there already."""
+"""Section ``prefill``: prompts into the cache, cold and behind a voice that is there already.
+
+Steps as they are served, recorded where a size holds them, and the same launched one by one.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,11 @@ _VOICE, _TEXT, _COALESCED = 300, 60, 8
 
 def run(suite: Suite) -> None:
     """Lengths as text and as half voice, then what cached voices leave to do."""
+    _run(suite, "prefill")
+    _run(suite, "prefill without graphs,", enforce_eager=True)
+
+
+def _run(suite: Suite, prefix: str, **options: Any) -> None:
     scale = suite.scale
     longest = max(*scale.prefill_lengths, _VOICE + _TEXT if suite.is_cuda else 32)
     positions = _COALESCED * (longest + 64)
@@ -26,14 +34,15 @@ def run(suite: Suite) -> None:
         decodes_audio=False,
         max_num_seqs=_COALESCED,
         kv_cache_memory=int(max(positions, 2 * scale.max_model_len) * per_position),
+        **options,
     ) as core:
         fill_pages(runner_of(core))
         for length in suite.in_time(scale.prefill_lengths):
-            _measure(suite, core, f"prefill {length} of text", 1, 0, length, 0)
-            _measure(suite, core, f"prefill {length}, half voice", 1, 0, length, length // 2)
+            _measure(suite, core, f"{prefix} {length} of text", 1, 0, length, 0)
+            _measure(suite, core, f"{prefix} {length}, half voice", 1, 0, length, length // 2)
         voice, text = (_VOICE, _TEXT) if suite.is_cuda else (16, 8)
         for count in suite.in_time((1, _COALESCED)):
-            name = f"prefill {count} x {text} behind {voice} cached"
+            name = f"{prefix} {count} x {text} behind {voice} cached"
             _measure(suite, core, name, count, voice, text, 0)
 
 

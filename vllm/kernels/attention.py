@@ -39,6 +39,7 @@ __all__ = [
     "FusedPlan",
     "PrefillMetadata",
     "PrefillSequence",
+    "TiledPrefillMetadata",
     "fused_attention",
     "fused_write",
     "paged_attention",
@@ -106,7 +107,35 @@ class PrefillMetadata:
         return cls(slot_mapping=slots, sequences=tuple(sequences))
 
 
-AttentionMetadata = DecodeMetadata | PrefillMetadata
+@dataclass(frozen=True, eq=False)
+class TiledPrefillMetadata:
+    """Prompt positions in tensors of fixed shapes, for a step that is recorded.
+
+    Rows that fill it up are in no tile; they have positions, slots and tables that nobody owns.
+    """
+
+    slot_mapping: Tensor  # int64 [N]
+    tables: Tensor  # int64 [N], which of the tiles' block tables is the row's
+    positions: Tensor  # int64 [N]
+    tiles: PrefillTiles
+
+    def read_sequences(self) -> tuple[PrefillSequence, ...]:
+        """The same, sequence by sequence; reads the tiles, so only for a CPU."""
+        spans: dict[int, list[tuple[int, int, int]]] = {}  # sequence -> position, first row, count
+        for sequence, first, count, position in self.tiles.tiles.tolist():
+            if count:
+                spans.setdefault(sequence, []).append((position, first, count))
+        sequences = []
+        for sequence, parts in spans.items():
+            start, first, _ = min(parts)
+            length = sum(count for *_, count in parts)
+            rows = self.tiles.rows[first : first + length]
+            table = self.tiles.block_tables[sequence]
+            sequences.append(PrefillSequence(rows, table, start, length))
+        return tuple(sequences)
+
+
+AttentionMetadata = DecodeMetadata | PrefillMetadata | TiledPrefillMetadata
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,9 +217,9 @@ def paged_attention(query: Tensor, cache: Tensor, plan: AttentionPlan, scale: fl
     """
     if plan.sight is not None:
         return _pad(_attend_natively(query[: plan.num_rows], cache, plan.sight, scale), query)
-    first = plan.parts[0]
-    if first.rows is None:
-        return _pad(_attend_decode(query[: first.num_sequences], cache, first, scale), query)
+    if plan.parts and plan.parts[0].rows is None:
+        (part,) = plan.parts
+        return _pad(_attend_decode(query[: part.num_sequences], cache, part, scale), query)
     output = torch.zeros_like(query)
     for part in plan.parts:
         assert part.rows is not None
@@ -249,6 +278,8 @@ def _is_fused(cache: Tensor) -> bool:
 def _plan_fused(metadata: AttentionMetadata) -> FusedPlan:
     if isinstance(metadata, DecodeMetadata):
         tiles, max_context_len = None, metadata.max_context_len
+    elif isinstance(metadata, TiledPrefillMetadata):
+        tiles, max_context_len = metadata.tiles, 0
     else:
         max_context_len = 0
         tiles = plan_tiles(
@@ -282,6 +313,8 @@ def _see(metadata: AttentionMetadata) -> _Sight:
     if isinstance(metadata, DecodeMetadata):
         rows = torch.arange(len(metadata.context_lens), device=metadata.context_lens.device)
         return _Sight(metadata.block_tables.contiguous(), rows, metadata.context_lens - 1)
+    if isinstance(metadata, TiledPrefillMetadata):
+        return _Sight(metadata.tiles.block_tables, metadata.tables, metadata.positions)
     tables = torch.empty_like(metadata.slot_mapping)
     positions = torch.empty_like(metadata.slot_mapping)
     for index, each in enumerate(metadata.sequences):
@@ -318,6 +351,8 @@ def _plan_parts(metadata: AttentionMetadata, cache: Tensor) -> tuple[_Part, ...]
     geometry = _Geometry(num_blocks, block_size, num_kv_heads)
     if isinstance(metadata, DecodeMetadata):
         return (_plan_decode(metadata, geometry),)
+    if isinstance(metadata, TiledPrefillMetadata):
+        return tuple(_plan_sequence(each, geometry) for each in metadata.read_sequences())
     return tuple(_plan_sequence(each, geometry) for each in metadata.sequences)
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vllm.kernels import reference
 
-__all__ = ["PREFILL_TILE", "PrefillTiles", "plan_tiles", "rope_attend"]
+__all__ = ["PREFILL_TILE", "PrefillTiles", "cut_tiles", "plan_tiles", "rope_attend"]
 
 PREFILL_TILE = 64  # queries
 
@@ -32,28 +34,40 @@ class PrefillTiles:
     tiles: Tensor  # int32 [T, 4]: sequence, first of ``rows``, number of rows, first position
 
 
+def cut_tiles(lengths: Sequence[int], starts: Sequence[int]) -> NDArray[np.int32]:
+    """``PrefillTiles.tiles`` of several sequences, those with the most keys first.
+
+    So none that takes long begins late.
+
+    Args:
+        lengths: rows of each sequence.
+        starts: position of each sequence's first row.
+    """
+    tiles, offset = [], 0
+    for sequence, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+        for first in range(0, length, PREFILL_TILE):
+            count = min(PREFILL_TILE, length - first)
+            tiles.append((sequence, offset + first, count, start + first))
+        offset += length
+    tiles.sort(key=lambda tile: -(tile[2] + tile[3]))
+    return np.array(tiles, np.int32)
+
+
 def plan_tiles(
     sequence_rows: Sequence[Tensor], block_tables: Sequence[Tensor], starts: Sequence[int]
 ) -> PrefillTiles:
-    """Tiles of several sequences, those with the most keys first, so that none begins late.
+    """Tiles of several sequences.
 
     Args:
         sequence_rows: of each sequence int64 [length], rows of the step in position order.
         block_tables: of each sequence int64 [blocks], which cover start + length positions.
         starts: position of each sequence's first row.
     """
-    tiles, offset = [], 0
-    for sequence, (rows, start) in enumerate(zip(sequence_rows, starts, strict=True)):
-        for first in range(0, len(rows), PREFILL_TILE):
-            count = min(PREFILL_TILE, len(rows) - first)
-            tiles.append((sequence, offset + first, count, start + first))
-        offset += len(rows)
-    tiles.sort(key=lambda tile: -(tile[2] + tile[3]))
-    device = sequence_rows[0].device
+    tiles = torch.from_numpy(cut_tiles([len(rows) for rows in sequence_rows], starts))
     return PrefillTiles(
         block_tables=pad_sequence(list(block_tables), batch_first=True),
         rows=torch.cat(list(sequence_rows)),
-        tiles=torch.tensor(tiles, dtype=torch.int32).to(device, non_blocking=True),
+        tiles=tiles.to(sequence_rows[0].device, non_blocking=True),
     )
 
 

@@ -26,13 +26,45 @@ def test_codes_and_samples_are_those_of_the_host_path(
     expected = run(make_core(), *requests)
     monkeypatch.setattr(worker, "_decodes_on_device", lambda device: True)
     core = make_core()
-    assert core._executor._worker._runner._decoder.depth == 2  # type: ignore[attr-defined]
+    runner = core._executor._worker._runner  # type: ignore[attr-defined]
+    assert runner._decoder.depth == 2
+    monkeypatch.setattr(runner._prefiller._eager, "run_sorted", _refuse)
     results = run(core, *requests)
     for request in requests:
         name = request.request_id
         assert results.codes(name) == expected.codes(name), name
         assert results.audio(name) == expected.audio(name), name
         assert results.reasons(name) == expected.reasons(name), name
+
+
+def _refuse(slices: Any, prompt: Any) -> None:
+    raise AssertionError("no prompt here is larger than recorded steps")
+
+
+@pytest.mark.usefixtures("device_steps")
+def test_prompts_of_recorded_and_of_other_steps_give_the_same_codes(
+    make_core: Callable[..., EngineCore], build_request: Build, run: Any
+) -> None:
+    lengths = {"a": 450, "b": 400, "c": 70, "d": 300}
+    requests = [
+        build_request(name, prompt_len=length, frames=12, eos_rule="reference")
+        for name, length in lengths.items()
+    ]
+    steps: list[int] = []
+    core = make_core()
+    eager = core._executor._worker._runner._prefiller._eager  # type: ignore[attr-defined]
+    run_sorted = eager.run_sorted
+
+    def count(slices: Any, prompt: Any) -> None:
+        steps.append(len(prompt.positions))
+        run_sorted(slices, prompt)
+
+    eager.run_sorted = count
+    mixed = run(core, *requests)
+    assert steps == [1024], "the first step is too large to be recorded, what is left of d is not"
+    by_eager = run(make_core(enforce_eager=True), *requests)
+    for name in lengths:
+        assert mixed.codes(name) == by_eager.codes(name), name
 
 
 @pytest.mark.usefixtures("device_steps")
@@ -111,7 +143,7 @@ def test_a_step_is_free_of_the_host(
     monkeypatch.setattr(topk_topp, "_largest", lambda probs, count: probs.topk(count).values)
     decoder = decoding_core._executor._worker._runner._decoder  # type: ignore[attr-defined]
     with torch.inference_mode(), Operations() as operations:
-        decoder._step(decoder._graphs.size_for(3, 100))
+        decoder._step(decoder._sizes.size_for(3, 100))
     assert not [name for name in operations.names if name.startswith(_WAITS)]
     assert len(operations.names) > 20
 

@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _TEXT_HEAD = "text_lm_head.weight"
-_MIN_PREFILL_ROWS = 1024  # that fused prefill steps are made for
+_PREFILL_ROWS = 1024  # that fused prefill steps are made for, or a multiple
 _HEADS = ("audio_head", "text_head")
 _BOSON_HEADS = "audio_decoder_proj."
 _BOSON_AUDIO_EMBEDDING = "audio_codebook_embeddings.weight"
@@ -86,7 +86,9 @@ class HiggsAudioModel(nn.Module):
         self.config = config
         self.spec = _spec(config, dtype, activations, max_model_len)
         self._row_quantum = DEFAULT_ROW_QUANTUM
-        self._fused_prefill: FusedPrefill | None = None  # made by the first prefill that wants it
+        # Made by the first prefill that wants it, by the rows that it takes. None is ever given up:
+        # recorded steps hold its memory.
+        self._fused_prefills: dict[int, FusedPrefill] = {}
         self.text_embedding = Embedding(config.vocab_size, hidden_size, dtype)
         self.audio_embedding = CodebookEmbedding(
             config.num_codebooks, config.codebook_size, hidden_size, activations
@@ -208,10 +210,11 @@ class HiggsAudioModel(nn.Module):
         plan = plan_attention(context.attn_metadata, context.kv_caches[0])
         assert plan.fused is not None, "kernels attend wherever they multiply"
         num_rows = len(hidden)
-        if self._fused_prefill is None or self._fused_prefill.max_rows < num_rows:
-            self._fused_prefill = self.fused_prefill(max(num_rows, _MIN_PREFILL_ROWS))
+        max_rows = -(-num_rows // _PREFILL_ROWS) * _PREFILL_ROWS
+        if max_rows not in self._fused_prefills:
+            self._fused_prefills[max_rows] = self.fused_prefill(max_rows)
         counts = (num_text_rows, num_rows - num_text_rows)
-        self._fused_prefill(hidden, counts, plan.fused, context.kv_caches)
+        self._fused_prefills[max_rows](hidden, counts, plan.fused, context.kv_caches)
 
     def fused_prefill(self, max_rows: int) -> FusedPrefill:
         """``fill_cache`` in few launches, for steps of so many rows; only where ``can_fuse``."""
@@ -281,7 +284,7 @@ class HiggsAudioModel(nn.Module):
         return max(prod(matrix.shape) for matrix in self._linears())
 
     def set_row_quantum(self, quantum: int) -> None:
-        self._fused_prefill = None
+        self._fused_prefills.clear()
         self._row_quantum = quantum
         for matrix in self._linears():
             matrix.row_quantum = quantum

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from vllm.logger import get_logger
 
 __all__ = [
     "CudaGraphs",
+    "DecodeSizes",
     "GraphBackend",
     "NoGraphs",
     "StepGraphs",
@@ -34,7 +35,7 @@ _TIERS = (1024, 2048, 8192, 32768)  # positions
 
 
 class StepSize(NamedTuple):
-    """What a recorded step is made for."""
+    """What a recorded decode step is made for."""
 
     num_rows: int
     context_len: int
@@ -49,6 +50,29 @@ def batch_buckets(max_num_rows: int) -> tuple[int, ...]:
 def context_tiers(max_context_len: int) -> tuple[int, ...]:
     """Context lengths that steps are recorded for; the last is ``max_context_len``."""
     return (*(tier for tier in _TIERS if tier < max_context_len), max_context_len)
+
+
+class DecodeSizes:
+    """Sizes of decode steps: each number of rows with each context length.
+
+    Args:
+        max_num_rows: of a step.
+        max_context_len: of a row.
+    """
+
+    def __init__(self, max_num_rows: int, max_context_len: int) -> None:
+        self._buckets = batch_buckets(max_num_rows)
+        self._tiers = context_tiers(max_context_len)
+
+    @property
+    def all(self) -> list[StepSize]:
+        """The largest first."""
+        return [StepSize(b, t) for b in reversed(self._buckets) for t in reversed(self._tiers)]
+
+    def size_for(self, num_rows: int, context_len: int) -> StepSize:
+        """The smallest size that holds so many rows and positions."""
+        bucket = self._buckets[bisect_left(self._buckets, num_rows)]
+        return StepSize(bucket, self._tiers[bisect_left(self._tiers, context_len)])
 
 
 class GraphBackend(Protocol):
@@ -97,52 +121,38 @@ class CudaGraphs:
         return replay
 
 
-class StepGraphs:
-    """One recorded step per bucket of rows and tier of context.
+Size = TypeVar("Size", bound=Hashable)
+
+
+class StepGraphs(Generic[Size]):
+    """One recorded step per size.
 
     Args:
         run: takes a step of a size.
         backend: records it.
-        buckets: numbers of rows, rising.
-        tiers: context lengths, rising.
+        sizes: all there are, the largest first, so that the smaller ones find room in its memory.
     """
 
     def __init__(
-        self,
-        run: Callable[[StepSize], None],
-        backend: GraphBackend,
-        *,
-        buckets: Sequence[int],
-        tiers: Sequence[int],
+        self, run: Callable[[Size], None], backend: GraphBackend, sizes: Sequence[Size]
     ) -> None:
         self._run = run
         self._backend = backend
-        self._buckets = buckets
-        self._tiers = tiers
-        self._replays: dict[StepSize, Callable[[], None]] = {}
-
-    @property
-    def sizes(self) -> list[StepSize]:
-        """All sizes, the largest first, so that the smaller ones find room in its memory."""
-        return [StepSize(b, t) for b in reversed(self._buckets) for t in reversed(self._tiers)]
+        self._sizes = sizes
+        self._replays: dict[Size, Callable[[], None]] = {}
 
     def record(self) -> None:
         """Record every size, once all of them have run."""
-        steps = {size: self._step(size) for size in self.sizes}
+        steps = {size: self._step(size) for size in self._sizes}
         for step in steps.values():
             self._backend.warm_up(step)
         gc.collect()
         for size, step in steps.items():
             self._replays[size] = self._backend.record(step)
 
-    def size_for(self, num_rows: int, context_len: int) -> StepSize:
-        """The smallest size that holds so many rows and positions."""
-        bucket = self._buckets[bisect_left(self._buckets, num_rows)]
-        return StepSize(bucket, self._tiers[bisect_left(self._tiers, context_len)])
-
-    def replay(self, size: StepSize) -> None:
+    def replay(self, size: Size) -> None:
         """Launch the step of this size."""
         self._replays[size]()
 
-    def _step(self, size: StepSize) -> Callable[[], None]:
+    def _step(self, size: Size) -> Callable[[], None]:
         return lambda: self._run(size)

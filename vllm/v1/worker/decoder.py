@@ -40,6 +40,16 @@ class RowOwners:
     batch: InputBatch
     positions: NDArray[np.int64]  # [rows], where each row's last frame goes; not changed
 
+    @property
+    def spare_row(self) -> int:
+        """The row that nobody can own."""
+        return self.batch.max_num_reqs
+
+    @property
+    def spare_block(self) -> int:
+        """The block that nobody can own."""
+        return self.kv_caches[0].shape[1] - 1
+
 
 class Decoder(Protocol):
     """Takes decode steps of persistent rows."""

@@ -22,13 +22,7 @@ from torch import Tensor
 from vllm.forward_context import set_forward_context
 from vllm.kernels.attention import DecodeMetadata
 from vllm.platforms import copy_to_device
-from vllm.v1.worker.cuda_graphs import (
-    GraphBackend,
-    StepGraphs,
-    StepSize,
-    batch_buckets,
-    context_tiers,
-)
+from vllm.v1.worker.cuda_graphs import DecodeSizes, GraphBackend, StepGraphs, StepSize
 from vllm.v1.worker.decoder import FrameGetter, RowOwners
 
 __all__ = ["DeviceDecoder"]
@@ -59,8 +53,8 @@ class DeviceDecoder:
         max_num_seqs = owners.batch.max_num_reqs
         self._owners = owners
         self._device = device
-        self._spare_row = max_num_seqs
-        owners.block_table.append(self._spare_row, [owners.kv_caches[0].shape[1] - 1])
+        self._spare_row = owners.spare_row
+        owners.block_table.append(self._spare_row, [owners.spare_block])
         # Which rows the next step is over, padded with the spare one. int64 [max_num_seqs]
         self._rows = torch.full((max_num_seqs,), self._spare_row, device=device)
         # Where the last frame of each row goes, int64 [max_num_seqs + 1]; negative for idle rows.
@@ -78,19 +72,15 @@ class DeviceDecoder:
         self._ring = _ResultRing(self._result, self.depth)
         self._launched_rows = np.empty(0, np.int64)  # of the last step
         self._entered: set[int] = set()  # rows that the device has not heard of
-        self._graphs = StepGraphs(
-            self._step,
-            graphs,
-            buckets=batch_buckets(max_num_seqs),
-            tiers=context_tiers(spec.max_model_len),
-        )
+        self._sizes = DecodeSizes(max_num_seqs, spec.max_model_len)
+        self._graphs = StepGraphs(self._step, graphs, self._sizes.all)
 
     def enter(self, row: int) -> None:
         self._entered.add(row)
 
     def launch(self, rows: NDArray[np.int64]) -> FrameGetter:
         context_len = int(self._owners.positions[rows].max()) + 1
-        size = self._graphs.size_for(len(rows), context_len)
+        size = self._sizes.size_for(len(rows), context_len)
         self._upload(rows, size.num_rows)
         self._graphs.replay(size)
         return self._ring.copy(len(rows))

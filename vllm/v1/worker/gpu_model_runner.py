@@ -17,10 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm.forward_context import set_forward_context
-from vllm.kernels.attention import PrefillMetadata, PrefillSequence, reads_unwritten
+from vllm.kernels.attention import reads_unwritten
 from vllm.kernels.cache import clear_blocks
-from vllm.kernels.linear_config import ROW_BUCKETS
 from vllm.logger import get_logger
 from vllm.model_executor.framing import DelayFraming
 from vllm.model_executor.models.interface import SpeechModel
@@ -31,7 +29,8 @@ from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.codec_runner import CodecRunner
 from vllm.v1.worker.decoder import Decoder, FrameGetter, RowOwners
 from vllm.v1.worker.gpu_input_batch import InputBatch
-from vllm.v1.worker.model_state import ModelState, PromptSlice
+from vllm.v1.worker.model_state import ModelState
+from vllm.v1.worker.prefill import Prefiller, PromptSlice
 
 __all__ = ["GPUModelRunner"]
 
@@ -99,8 +98,9 @@ class GPUModelRunner:
         codec: decodes frames beside the steps.
         kv_caches: one per layer, [2, num_blocks + 1, num_kv_heads, block_size, head_dim], for
             ``num_blocks`` that the scheduler knows of.
+        make_prefiller: makes what takes prefill steps; called after ``make_decoder``.
         make_decoder: makes what takes decode steps.
-        has_mirrors: it reads block tables of the device's own, see ``BlockTable``.
+        has_mirrors: both read block tables of the device's own, see ``BlockTable``.
         block_size: positions per block.
         max_num_seqs: rows that requests can own.
         device: of model, state and caches.
@@ -113,13 +113,13 @@ class GPUModelRunner:
         codec: CodecRunner,
         kv_caches: Sequence[Tensor],
         *,
+        make_prefiller: Callable[[RowOwners], Prefiller],
         make_decoder: Callable[[RowOwners], Decoder],
         has_mirrors: bool,
         block_size: int,
         max_num_seqs: int,
         device: torch.device,
     ) -> None:
-        self._model = model
         self._state = state
         self._codec = codec
         self._kv_caches = kv_caches
@@ -137,17 +137,17 @@ class GPUModelRunner:
         self._num_positions = np.zeros(max_num_seqs, np.int64)  # [rows], keys and values written
         self._decode_batch: _DecodeBatch | None = None
         self._in_flight: deque[tuple[_DecodeBatch, FrameGetter]] = deque()  # oldest first
-        self._decoder = make_decoder(
-            RowOwners(
-                model=model,
-                state=state,
-                kv_caches=kv_caches,
-                block_size=block_size,
-                block_table=self._block_table,
-                batch=self._batch,
-                positions=self._num_positions,
-            )
+        owners = RowOwners(
+            model=model,
+            state=state,
+            kv_caches=kv_caches,
+            block_size=block_size,
+            block_table=self._block_table,
+            batch=self._batch,
+            positions=self._num_positions,
         )
+        self._decoder = make_decoder(owners)
+        self._prefiller = make_prefiller(owners)
         # Frames on their way to the codec, and the number of them at which a window is due.
         shape = (max_num_seqs, _PENDING_FRAMES, state.num_codebooks)
         self._pending = np.zeros(shape, np.int16)
@@ -198,27 +198,8 @@ class GPUModelRunner:
         """Do whatever must not happen in the first steps."""
         with torch.inference_mode():
             if self._has_mirrors:
-                self._warm_up_prefill()
+                self._prefiller.warm_up()
             self._decoder.warm_up()
-
-    def _warm_up_prefill(self) -> None:
-        """Let kernels for every number of rows be built, with rows of both kinds.
-
-        All positions lie in the block that nobody owns. Where the rows of the second kind begin
-        decides how their memory is aligned, and kernels are built for either.
-        """
-        spec, device = self._model.spec, self._device
-        spare_block = self._kv_caches[0].shape[1] - 1
-        for num_rows in sorted({min(rows, spec.max_model_len) for rows in ROW_BUCKETS}):
-            rows = torch.arange(num_rows, device=device)
-            num_blocks = -(-num_rows // self._block_size)
-            table = torch.full((num_blocks,), spare_block, device=device)
-            sequence = PrefillSequence(rows, table, start=0, length=num_rows)
-            metadata = PrefillMetadata.build([sequence], self._block_size)
-            hidden = torch.zeros(num_rows, spec.hidden_size, dtype=spec.dtype, device=device)
-            for num_text_rows in (num_rows // 2, num_rows // 2 + 1):
-                with set_forward_context(metadata, self._kv_caches):
-                    self._model.fill_cache(hidden, rows, num_text_rows)
 
     def has_codec_work(self) -> bool:
         """Whether audio or an encoded clip will come without another step."""
@@ -323,26 +304,13 @@ class GPUModelRunner:
     # Prefill: prompt positions into the cache, nothing sampled
 
     def _prefill(self, plan: SchedulerOutput) -> None:
-        slices, rows = [], []
+        slices = []
         for chunk in plan.prefill:
-            running = self._requests[chunk.request_id]
-            slices.append(PromptSlice(running.data, chunk.start, chunk.start + chunk.length))
-            rows.append(running.row)
-        inputs = self._state.embed_prompt(slices)
-        sequences = [
-            PrefillSequence(
-                rows=slice_rows,
-                block_table=self._block_table.row(row, -(-part.stop // self._block_size)),
-                start=part.start,
-                length=part.stop - part.start,
-            )
-            for slice_rows, row, part in zip(inputs.slices, rows, slices, strict=True)
-        ]
-        metadata = PrefillMetadata.build(sequences, self._block_size)
-        with set_forward_context(metadata, self._kv_caches):
-            self._model.fill_cache(inputs.hidden, inputs.positions, inputs.num_text_rows)
-        for row, part in zip(rows, slices, strict=True):
-            self._num_positions[row] = part.stop
+            running, stop = self._requests[chunk.request_id], chunk.start + chunk.length
+            slices.append(PromptSlice(running.data, running.row, chunk.start, stop))
+        self._prefiller.run(slices)
+        for part in slices:
+            self._num_positions[part.row] = part.stop
 
     # Decode: one frame per request
 

@@ -7,8 +7,6 @@ embeddings, frames and a finish code. It knows neither requests' lifetimes nor t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,29 +20,10 @@ from vllm.kernels.sampler import DeviceSampler, SamplingMemory
 from vllm.model_executor.framing import DelayFraming, DelayPattern
 from vllm.model_executor.heads import CodebookState
 from vllm.model_executor.models.interface import SpeechModel
-from vllm.platforms import copy_to_device
 from vllm.v1.core.sched_output import NewRequestData
 from vllm.v1.sample import FrameSampler, Sampler, SamplingMetadata, TorchDeviceSampler
 
-__all__ = ["CodebookModelState", "ModelState", "NextContent", "PromptSlice", "SortedRows"]
-
-
-class PromptSlice(NamedTuple):
-    """Prompt positions [start, stop) of one request."""
-
-    request: NewRequestData
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, eq=False)
-class SortedRows:
-    """Prompt positions of several requests as the model takes them: text first, then audio."""
-
-    hidden: Tensor  # [num_rows, hidden_size]
-    positions: Tensor  # int64 [num_rows]
-    num_text_rows: int
-    slices: tuple[Tensor, ...]  # per slice, int64 [length]: its rows in the order of positions
+__all__ = ["CodebookModelState", "ModelState", "NextContent"]
 
 
 class NextContent(NamedTuple):
@@ -72,8 +51,16 @@ class ModelState(Protocol):
         """Go on in ``row`` where the snapshot was taken."""
         ...
 
-    def embed_prompt(self, slices: Sequence[PromptSlice]) -> SortedRows:
-        """Inputs of a prefill step."""
+    def embed_prompt(self, ids: Tensor, frames: Tensor) -> Tensor:
+        """Inputs of a prefill step.
+
+        Args:
+            ids: int64 [num_text].
+            frames: int64 [num_audio, num_codebooks], delayed.
+
+        Returns:
+            [num_text + num_audio, hidden_size], text first.
+        """
         ...
 
     def embed_last_content(self, rows: Tensor) -> Tensor:
@@ -174,25 +161,13 @@ class CodebookModelState:
     def restore_row(self, row: int, snapshot: Any) -> None:
         self._head.restore_row(row, snapshot)
 
-    def embed_prompt(self, slices: Sequence[PromptSlice]) -> SortedRows:
-        ids, frames, positions, is_audio = _gather_prompt(slices)
-        order = np.argsort(is_audio, kind="stable")
-        row_of = np.empty_like(order)
-        row_of[order] = np.arange(order.size)
-        num_text_rows = int(order.size - is_audio.sum())
-
+    def embed_prompt(self, ids: Tensor, frames: Tensor) -> Tensor:
         parts = []
-        if num_text_rows:
-            parts.append(self._model.embed_text(self._to_device(ids[order[:num_text_rows]])))
-        if num_text_rows < order.size:
-            parts.append(self._model.embed_codes(self._to_device(frames)))
-        bounds = np.cumsum([0, *(part.stop - part.start for part in slices)])
-        return SortedRows(
-            hidden=torch.cat(parts),
-            positions=self._to_device(positions[order]),
-            num_text_rows=num_text_rows,
-            slices=tuple(self._to_device(row_of[low:high]) for low, high in pairwise(bounds)),
-        )
+        if len(ids):
+            parts.append(self._model.embed_text(ids))
+        if len(frames):
+            parts.append(self._model.embed_codes(frames))
+        return torch.cat(parts)
 
     def embed_last_content(self, rows: Tensor) -> Tensor:
         return self._model.embed_codes(self._head.last_frame[rows])
@@ -258,27 +233,3 @@ class CodebookModelState:
 
     def first_content(self) -> NDArray[np.int16]:
         return np.full(self._pattern.num_codebooks, self._pattern.bos, np.int16)
-
-    def _to_device(self, values: NDArray[Any]) -> Tensor:
-        return copy_to_device(np.ascontiguousarray(values, np.int64), self._device)
-
-
-def _gather_prompt(
-    slices: Sequence[PromptSlice],
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
-    """Ids [N], audio frames [num_audio, K], positions [N] and audio flags [N] of all slices."""
-    ids, frames, positions, is_audio = [], [], [], []
-    for request, start, stop in slices:
-        low, high = np.searchsorted(request.audio_positions, (start, stop))
-        flags = np.zeros(stop - start, np.bool_)
-        flags[request.audio_positions[low:high] - start] = True
-        ids.append(request.prompt_token_ids[start:stop])
-        frames.append(request.prompt_frames[low:high])
-        positions.append(np.arange(start, stop))
-        is_audio.append(flags)
-    return (
-        np.concatenate(ids),
-        np.concatenate(frames),
-        np.concatenate(positions),
-        np.concatenate(is_audio),
-    )

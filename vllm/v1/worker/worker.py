@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from vllm.config import EngineConfig
 from vllm.exceptions import CheckpointError
 from vllm.kernels.cache import allocate_kv_caches
+from vllm.kernels.fused_step import can_fuse
 from vllm.kernels.linear import find_row_quantum
 from vllm.logger import get_logger
 from vllm.model_executor.codecs import ClipCache, Codec, load_codec
@@ -23,12 +24,14 @@ from vllm.platforms import num_cores, resolve_kv_dtype, select_platform
 from vllm.v1.core.sched_output import SchedulerOutput
 from vllm.v1.outputs import CodecStats, ModelRunnerOutput
 from vllm.v1.worker.codec_runner import MAX_CUDA_BATCH, CodecRunner
-from vllm.v1.worker.cuda_graphs import CudaGraphs, NoGraphs, batch_buckets, context_tiers
-from vllm.v1.worker.decoder import HostDecoder, RowOwners
+from vllm.v1.worker.cuda_graphs import CudaGraphs, DecodeSizes, NoGraphs
+from vllm.v1.worker.decoder import Decoder, HostDecoder, RowOwners
 from vllm.v1.worker.device_decoder import DeviceDecoder
+from vllm.v1.worker.device_prefill import PrefillSizes, RecordedPrefill
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.memory import CardMemory, KVBudget, StepSizes, num_kv_blocks
 from vllm.v1.worker.model_state import CodebookModelState
+from vllm.v1.worker.prefill import EagerPrefill, Prefiller
 
 __all__ = ["Worker", "WorkerInfo"]
 
@@ -157,6 +160,13 @@ class Worker:
     def _uses_graphs(self) -> bool:
         return self._platform.is_cuda and not self._config.device.enforce_eager
 
+    @property
+    def _records_prefill(self) -> bool:
+        """Where kernels take any prompt in tensors of fixed shapes; a CPU stands in for them."""
+        spec, device = self._model.spec, self._platform.device
+        is_served = can_fuse(device, hidden_size=spec.hidden_size, head_dim=spec.head_dim)
+        return (is_served or device.type == "cpu") and not self._config.device.enforce_eager
+
     def _use_threads(self) -> int:
         """Set torch's threads for the CPU path; returns how many cores there are to share.
 
@@ -197,7 +207,9 @@ class Worker:
 
     def _card_memory(self) -> CardMemory:
         spec, codec, config = self._model.spec, self._codec, self._config
-        buckets, tiers = batch_buckets(self._max_num_seqs), context_tiers(spec.max_model_len)
+        max_num_tokens = config.scheduler.max_num_batched_tokens
+        prefill = PrefillSizes(max_num_tokens).all if self._records_prefill else []
+        num_graphs = len(DecodeSizes(self._max_num_seqs, spec.max_model_len).all) + len(prefill)
         num_frames = max(config.audio.stream_ramp) + 2 * codec.context_frames
         torch.cuda.empty_cache()
         memory = self._platform.memory()
@@ -206,8 +218,10 @@ class Worker:
             utilization=config.cache.gpu_memory_utilization,
             used_bytes=memory.total_bytes - memory.free_bytes,
             sizes=StepSizes(
-                num_graphs=0 if config.device.enforce_eager else len(buckets) * len(tiers),
-                max_rows=max(config.scheduler.max_num_batched_tokens, self._max_num_seqs),
+                num_graphs=0 if config.device.enforce_eager else num_graphs,
+                max_rows=max(
+                    *(max_num_tokens, self._max_num_seqs), *(size.num_rows for size in prefill)
+                ),
                 widest_row=self._model.largest_matrix // spec.hidden_size,
                 bytes_per_number=spec.dtype.itemsize,
                 codec_batch=MAX_CUDA_BATCH,
@@ -229,26 +243,38 @@ class Worker:
             device=device,
         )
         has_mirrors = _decodes_on_device(device)
+        # Decode and prefill share it, since their steps follow each other on one stream.
+        graphs = CudaGraphs(device) if self._uses_graphs else NoGraphs()
+
+        def make_prefiller(owners: RowOwners) -> Prefiller:
+            eager = EagerPrefill(owners, device)
+            if not (has_mirrors and self._records_prefill):
+                return eager
+            return RecordedPrefill(
+                owners,
+                eager,
+                device=device,
+                graphs=graphs,
+                max_num_tokens=self._config.scheduler.max_num_batched_tokens,
+            )
+
+        def make_decoder(owners: RowOwners) -> Decoder:
+            if not has_mirrors:
+                return HostDecoder(owners)
+            is_invariant = self._config.device.batch_invariant
+            return DeviceDecoder(owners, device=device, graphs=graphs, batch_invariant=is_invariant)
+
         return GPUModelRunner(
             self._model,
             CodebookModelState(self._model, self._max_num_seqs + 1, device),
             self._codec_runner,
             kv_caches,
-            make_decoder=self._make_device_decoder if has_mirrors else HostDecoder,
+            make_prefiller=make_prefiller,
+            make_decoder=make_decoder,
             has_mirrors=has_mirrors,
             block_size=block_size,
             max_num_seqs=self._max_num_seqs,
             device=device,
-        )
-
-    def _make_device_decoder(self, owners: RowOwners) -> DeviceDecoder:
-        device = self._platform.device
-        graphs = CudaGraphs(device) if self._uses_graphs else NoGraphs()
-        return DeviceDecoder(
-            owners,
-            device=device,
-            graphs=graphs,
-            batch_invariant=self._config.device.batch_invariant,
         )
 
 
