@@ -185,10 +185,23 @@ class KeyLimitMiddleware:
             await refusal(scope, receive, send)
             return
         self._num_open[key] += 1
+        is_open = True
+
+        def close() -> None:
+            nonlocal is_open
+            self._num_open[key] -= is_open
+            is_open = False
+
+        async def watch(message: Message) -> None:
+            # Before it is sent: a client that has all of a reply may send the next request at once.
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                close()
+            await send(message)
+
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, watch)
         finally:
-            self._num_open[key] -= 1
+            close()
 
     def _refusal(self, key: str) -> Response | None:
         """The reply to a request that is one too many; otherwise the request is counted."""
