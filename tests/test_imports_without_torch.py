@@ -49,7 +49,7 @@ def run(code: str, *, blocked: set[str], cwd: Path) -> subprocess.CompletedProce
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
 

@@ -37,7 +37,7 @@ def server_flags(repo_root: Path, tmp_path: Path) -> Callable[..., list[str]]:
             env={"PATH": "/usr/bin:/bin", **variables},
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=200,
             check=True,
         )
         words = done.stdout.split()
@@ -84,7 +84,7 @@ def monitor(repo_root: Path, tmp_path: Path) -> Callable[..., subprocess.Complet
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=200,
             check=False,
         )
 

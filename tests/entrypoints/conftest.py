@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -39,6 +42,7 @@ HOP = 960
 FRAMES_PER_CHAR = 2
 FRAMES_PER_CHUNK = 4
 NPM_LIMIT_S = 60
+LIMIT_S = 100  # bounds a hang; no machine that works is so slow
 RANDOM_SEED = 4711  # what the fake "draws" for a request without a seed
 
 
@@ -91,9 +95,14 @@ class FakeVoices:
 
 @dataclass
 class FakeEngine:
-    """Sine tones: two frames for each character, pitch from the seed."""
+    """Sine tones: two frames for each character, pitch from the seed.
 
-    delay_s: float = 0.0  # before each chunk
+    With ``holds_at`` a request waits before the chunk of that number until ``go_on`` is set, so that
+    it is open for as long as a test needs it, however fast or slow the machine is.
+    """
+
+    holds_at: int | None = None
+    go_on: threading.Event = field(default_factory=threading.Event)
     start_error: Exception | None = None
     fail_before: Exception | None = None  # raised before the first audio
     fail_after: Exception | None = None  # raised after the first chunk
@@ -177,11 +186,14 @@ class FakeEngine:
             num_frames = min(num_frames, max(0, params.max_tokens - 8))
         samples = sine(num_frames * HOP, seed)
         self._open += 1
+        has_left = False
         try:
             if num_frames == 0:
                 yield self._output(request_id, samples, seed, True, 0)
-            for start in range(0, num_frames, FRAMES_PER_CHUNK):
-                await self._sleep(request_id)
+            for index, start in enumerate(range(0, num_frames, FRAMES_PER_CHUNK)):
+                await asyncio.sleep(0)
+                if index == self.holds_at:
+                    await self._hold(request_id)
                 if request_id in self.to_abort:
                     yield self._ending(request_id, FinishReason.ABORT)
                     return
@@ -193,22 +205,20 @@ class FakeEngine:
                 if self.fail_after is not None:
                     raise self.fail_after
         except (asyncio.CancelledError, GeneratorExit):
-            self.aborted.append(request_id)
+            has_left = True
             raise
         finally:
             self._open -= 1
+            if has_left:
+                self.aborted.append(request_id)
 
     async def abort(self, request_id: str) -> None:
         self.to_abort.add(request_id)
 
-    async def _sleep(self, request_id: str) -> None:
-        """``delay_s``, unless the request is aborted meanwhile."""
-        until = asyncio.get_running_loop().time() + self.delay_s
-        while request_id not in self.to_abort:
-            left = until - asyncio.get_running_loop().time()
-            await asyncio.sleep(max(0.0, min(left, 0.01)))
-            if left <= 0.01:
-                return
+    async def _hold(self, request_id: str) -> None:
+        """Wait for ``go_on``, the request's abort or the engine's death."""
+        while not (self.go_on.is_set() or self.is_dead or request_id in self.to_abort):
+            await asyncio.sleep(0.005)
 
     def _ending(self, request_id: str, reason: FinishReason) -> SpeechOutput:
         silence = np.zeros(0, np.float32)
@@ -254,6 +264,26 @@ class LiveServer:
     host: EngineHost
     fatal: threading.Event
 
+    @contextlib.contextmanager
+    def asking(self, body: Any, path: str = "/v1/audio/speech") -> Iterator[None]:
+        """A client that has sent a request and reads nothing; it leaves at the end."""
+        address = httpx.URL(self.url)
+        data = json.dumps(body).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: {address.host}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        )
+        with socket.create_connection((address.host, address.port or 80), LIMIT_S) as connection:
+            connection.sendall(head.encode() + data)
+            yield
+
+    @staticmethod
+    def wait_until(condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + LIMIT_S
+        while not condition():
+            assert time.monotonic() < deadline, "it did not come true"
+            time.sleep(0.005)
+
 
 @contextlib.contextmanager
 def serve(engine: FakeEngine, *flags: str, wait_ready: bool = True) -> Iterator[LiveServer]:
@@ -281,15 +311,17 @@ def serve(engine: FakeEngine, *flags: str, wait_ready: bool = True) -> Iterator[
         thread.join(0.005)
     port = server.servers[0].sockets[0].getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=url, timeout=20) as client:
+    with httpx.Client(base_url=url, timeout=LIMIT_S) as client:
         try:
             if wait_ready:
                 while client.get("/health").status_code != 200:
                     thread.join(0.005)
             yield LiveServer(url, engine, client, host, fatal)
         finally:
+            for waited_for in (engine.may_start, engine.go_on):
+                waited_for.set()
             server.should_exit = True
-            thread.join(10)
+            thread.join(LIMIT_S)
             assert not thread.is_alive(), "the server did not stop"
 
 
@@ -343,7 +375,7 @@ class S3Server:
 
     def stop(self) -> None:
         self._process.kill()
-        self._process.wait(10)
+        self._process.wait(LIMIT_S)
 
 
 @pytest.fixture(scope="session")

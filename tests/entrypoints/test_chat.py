@@ -483,12 +483,12 @@ def test_a_failure_amid_a_stream_is_an_event(start_server: Any, fake_engine: Any
 
 
 def test_a_client_that_leaves_ends_its_request(start_server: Any, fake_engine: Any) -> None:
-    server = start_server(fake_engine(delay_s=0.05))
-    body = {"messages": [{"role": "user", "content": "a" * 1000}], "stream": True}
+    server = start_server(fake_engine(holds_at=1))
+    body = {"messages": [USER], "stream": True}
     with server.client.stream("POST", "/v1/chat/completions", json=body) as reply:
-        next(reply.iter_raw())
-    while not server.engine.aborted:
-        time.sleep(0.005)
+        pieces = reply.iter_raw()
+        next(pieces)
+    server.wait_until(lambda: server.engine.aborted)
     assert server.engine._open == 0
 
 

@@ -19,7 +19,7 @@ HOP = 960  # samples of a frame of the stand-in engine, which makes two frames f
 
 def run(*command: str, folder: Path) -> str:
     done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=folder, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -29,7 +29,7 @@ def run(installed_javascript: Path) -> Callable[[Any, str], Any]:
             ["node", str(program), f"{server.url}/v1", case],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=200,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr

@@ -13,6 +13,7 @@ import pytest
 
 PREFIX = "/speech/v2"
 KEY = {"Authorization": "Bearer one"}
+LIMIT_S = 100  # bounds a hang
 
 
 def make_proxy(upstream: str) -> type[BaseHTTPRequestHandler]:
@@ -29,6 +30,7 @@ def make_proxy(upstream: str) -> type[BaseHTTPRequestHandler]:
                 upstream + self.path.removeprefix(PREFIX),
                 headers=dict(self.headers.items()),
                 content=self.rfile.read(size),
+                timeout=LIMIT_S,
             )
             self.send_response(reply.status_code)
             for name, value in reply.headers.items():
@@ -57,10 +59,10 @@ def behind_proxy(start_server: Any) -> Iterator[Callable[..., httpx.Client]]:
             thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.01})
             thread.start()
             stack.callback(proxy.server_close)
-            stack.callback(thread.join, 10)
+            stack.callback(thread.join, LIMIT_S)
             stack.callback(proxy.shutdown)
             url = f"http://127.0.0.1:{proxy.server_address[1]}{PREFIX}"
-            return stack.enter_context(httpx.Client(base_url=url, timeout=20))
+            return stack.enter_context(httpx.Client(base_url=url, timeout=LIMIT_S))
 
         yield start
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx
 import pytest
 
-LONG = "a" * 2000
+TEXT = "Hello there."
+LIMIT_S = 100  # bounds a hang
 
 
 @pytest.fixture
@@ -20,17 +21,9 @@ def in_background() -> Iterator[Callable[..., Future[httpx.Response]]]:
         def speak(server: Any, **options: Any) -> Future[httpx.Response]:
             body = {"input": "a", "stream": False, **options.pop("body", {})}
             url = f"{server.url}/v1/audio/speech"
-            return pool.submit(httpx.post, url, json=body, timeout=20, **options)
+            return pool.submit(httpx.post, url, json=body, timeout=LIMIT_S, **options)
 
         yield speak
-
-
-def wait_until(condition: Callable[[], Any], pause: float = 0.005) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        threading.Event().wait(pause)
-    raise AssertionError("it did not come true")
 
 
 def cancel(server: Any, request_id: str, **options: Any) -> httpx.Response:
@@ -71,9 +64,9 @@ def test_health_while_loading(start_server: Any, fake_engine: Any) -> None:
 def test_a_full_server_refuses_at_once(
     start_server: Any, fake_engine: Any, in_background: Any
 ) -> None:
-    server = start_server(fake_engine(delay_s=30.0, max_num_seqs=1))
+    server = start_server(fake_engine(holds_at=0, max_num_seqs=1))
     replies = [in_background(server, body={"request_id": "open"}) for _ in range(2)]
-    wait_until(lambda: num_open(server) == 2)
+    server.wait_until(lambda: num_open(server) == 2)
     assert server.client.get("/status").json() == {
         "status": "at_capacity",
         "can_accept_requests": False,
@@ -90,10 +83,11 @@ def test_a_full_server_refuses_at_once(
 
 
 def test_queue_headers(start_server: Any, fake_engine: Any) -> None:
-    server = start_server(fake_engine(delay_s=0.02, max_num_seqs=1))
-    body = {"input": LONG, "response_format": "pcm"}
+    server = start_server(fake_engine(holds_at=1, max_num_seqs=1))
+    body = {"input": TEXT, "response_format": "pcm"}
     url = f"{server.url}/v1/audio/speech"
-    with httpx.stream("POST", url, json=body) as one, httpx.stream("POST", url, json=body) as two:
+    ask = partial(httpx.stream, "POST", url, json=body, timeout=LIMIT_S)
+    with ask() as one, ask() as two:
         assert [reply.headers["x-queue-position"] for reply in (one, two)] == ["0", "1"]
         assert one.headers["x-queue-status"] == "queue=0,active=1"
         assert two.headers["x-queue-status"] == "queue=1,active=1"
@@ -102,11 +96,11 @@ def test_queue_headers(start_server: Any, fake_engine: Any) -> None:
 def test_the_queue_lists_ids_by_priority(
     start_server: Any, fake_engine: Any, in_background: Any
 ) -> None:
-    engine = fake_engine(delay_s=30.0, max_num_seqs=1)
+    engine = fake_engine(holds_at=0, max_num_seqs=1)
     server = start_server(engine, "--max-concurrent-connections", "8")
     for count, (name, priority) in enumerate((("a", 0), ("b", 3), ("c", 0), ("d", -3)), 1):
         in_background(server, body={"request_id": name, "priority": priority})
-        wait_until(lambda count=count: num_open(server) == count)
+        server.wait_until(lambda count=count: num_open(server) == count)
     assert server.client.get("/queue").json() == {
         "pending_requests": ["d", "c", "b"],
         "queue_depth": 3,
@@ -143,12 +137,12 @@ def test_a_deadline_that_is_no_number_refuses_the_whole_request(
 def test_cancel_ends_queued_and_running_requests(
     start_server: Any, fake_engine: Any, in_background: Any
 ) -> None:
-    server = start_server(fake_engine(delay_s=0.05, max_num_seqs=1))
+    server = start_server(fake_engine(holds_at=0, max_num_seqs=1))
     headers = {"X-Request-Id": "mine"}
-    running = in_background(server, body={"input": LONG}, headers=headers)
-    wait_until(lambda: num_open(server) == 1)
-    queued = in_background(server, body={"input": LONG}, headers=headers)
-    wait_until(lambda: num_open(server) == 2)
+    running = in_background(server, headers=headers, body={"input": TEXT})
+    server.wait_until(lambda: num_open(server) == 1)
+    queued = in_background(server, headers=headers, body={"input": TEXT})
+    server.wait_until(lambda: num_open(server) == 2)
     assert server.client.get("/queue").json()["pending_requests"] == ["mine-1"]
     reply = cancel(server, "mine")
     assert reply.json() == {"status": "cancelled", "request_id": "mine", "num_cancelled": 2}
@@ -161,23 +155,23 @@ def test_cancel_ends_queued_and_running_requests(
 
 
 def test_a_cancelled_stream_breaks_off(start_server: Any, fake_engine: Any) -> None:
-    server = start_server(fake_engine(delay_s=0.02))
-    body = {"input": LONG, "response_format": "pcm", "request_id": "stream"}
-    with httpx.stream("POST", f"{server.url}/v1/audio/speech", json=body) as reply:
+    server = start_server(fake_engine(holds_at=1))
+    body = {"input": TEXT, "response_format": "pcm", "request_id": "stream"}
+    with server.client.stream("POST", "/v1/audio/speech", json=body) as reply:
         assert reply.headers["x-request-id"] == "stream"
         pieces = reply.iter_raw()
         next(pieces)
         assert cancel(server, "stream").status_code == 200
         with pytest.raises(httpx.RemoteProtocolError):
             list(pieces)
-    wait_until(lambda: num_open(server) == 0)
+    server.wait_until(lambda: num_open(server) == 0)
 
 
 def test_cancel_needs_the_same_key(start_server: Any, fake_engine: Any, in_background: Any) -> None:
-    server = start_server(fake_engine(delay_s=0.1), "--api-key", "one", "two")
+    server = start_server(fake_engine(holds_at=1), "--api-key", "one", "two")
     one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
-    reply = in_background(server, body={"input": LONG, "request_id": "mine"}, headers=one)
-    wait_until(lambda: server.engine.seen)
+    reply = in_background(server, body={"input": TEXT, "request_id": "mine"}, headers=one)
+    server.wait_until(lambda: server.engine.seen)
     assert cancel(server, "mine", headers=two).status_code == 404
     assert cancel(server, "mine", headers=one).status_code == 200
     assert reply.result().status_code == 499
@@ -198,10 +192,10 @@ def test_stats_count_what_was_let_in(start_server: Any, fake_engine: Any) -> Non
 
 
 def test_a_client_that_leaves_gives_its_place_back(start_server: Any, fake_engine: Any) -> None:
-    server = start_server(fake_engine(delay_s=30.0))
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/audio/speech", json={"input": "a"}, timeout=0.2)
-    wait_until(lambda: num_open(server) == 0)
+    server = start_server(fake_engine(holds_at=0))
+    with server.asking({"input": "a"}):
+        server.wait_until(lambda: num_open(server) == 1)
+    server.wait_until(lambda: num_open(server) == 0)
     assert server.client.get("/stats").json()["failed_requests"] == 1
 
 

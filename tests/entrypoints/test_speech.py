@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import time
 import wave
 from typing import Any
 
@@ -59,14 +58,6 @@ def decode(data: bytes, name: str) -> np.ndarray:
 
 def pcm(server: Any, **fields: Any) -> bytes:
     return speak(server, response_format="pcm", **fields).content
-
-
-def wait_until(condition: Any) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        time.sleep(0.005)
-    raise AssertionError("it did not happen")
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -131,14 +122,14 @@ def test_speed_changes_the_length(live: Any, speed: float) -> None:
 
 
 def test_audio_arrives_before_the_engine_is_done(start_server: Any, fake_engine: Any) -> None:
-    server = start_server(fake_engine(delay_s=0.05))
-    body = {"input": "a" * 100, "response_format": "pcm"}
+    server = start_server(fake_engine(holds_at=1))
+    body = {"input": TEXT, "response_format": "pcm"}
     with server.client.stream("POST", "/v1/audio/speech", json=body) as reply:
         pieces = reply.iter_raw()
-        next(pieces)
-        assert "vllm:num_requests_running" in httpx.get(f"{server.url}/metrics").text
+        num_bytes = len(next(pieces))
         assert server.engine._open == 1
-        assert sum(map(len, pieces)) > 0
+        server.engine.go_on.set()
+        assert num_bytes + sum(map(len, pieces)) == 2 * NUM_SAMPLES
 
 
 def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -255,29 +246,25 @@ def test_a_failure_of_a_buffered_reply_is_a_500(start_server: Any, fake_engine: 
 def test_a_client_that_leaves_a_stream_aborts_it(
     start_server: Any, fake_engine: Any, fields: dict[str, Any]
 ) -> None:
-    server = start_server(fake_engine(delay_s=0.02))
-    body = {"input": "a" * 500, **fields}
+    server = start_server(fake_engine(holds_at=1))
+    body = {"input": TEXT, **fields}
     with server.client.stream("POST", "/v1/audio/speech", json=body) as reply:
         pieces = reply.iter_raw()
         next(pieces)
-    wait_until(lambda: len(server.engine.aborted) == 1)
+    server.wait_until(lambda: len(server.engine.aborted) == 1)
     assert server.engine._open == 0
-    page = server.client.get("/metrics").text
-    assert 'request_success_total{finished_reason="abort",model_name="tts-test"} 1.0' in page
+    counted = 'request_success_total{finished_reason="abort",model_name="tts-test"} 1.0'
+    server.wait_until(lambda: counted in server.client.get("/metrics").text)
 
 
-@pytest.mark.parametrize(("delay_s", "stream"), [(0.02, False), (30.0, None)])
+@pytest.mark.parametrize(("holds_at", "stream"), [(1, False), (0, None)])
 def test_a_client_that_leaves_before_the_reply_aborts_it(
-    start_server: Any, fake_engine: Any, delay_s: float, stream: bool | None
+    start_server: Any, fake_engine: Any, holds_at: int, stream: bool | None
 ) -> None:
-    server = start_server(fake_engine(delay_s=delay_s))
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(
-            f"{server.url}/v1/audio/speech",
-            json={"input": "a" * 5000, "stream": stream},
-            timeout=0.3,
-        )
-    wait_until(lambda: len(server.engine.aborted) == 1)
+    server = start_server(fake_engine(holds_at=holds_at))
+    with server.asking({"input": TEXT, "stream": stream}):
+        server.wait_until(lambda: server.engine._open == 1)
+    server.wait_until(lambda: len(server.engine.aborted) == 1)
 
 
 def test_a_request_that_takes_too_long_is_told_so(start_server: Any, fake_engine: Any) -> None:

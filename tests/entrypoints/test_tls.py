@@ -22,6 +22,8 @@ from vllm.entrypoints.cli_args import parse_serve_args
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")
 
+LIMIT_S = 100  # bounds a hang
+
 
 class Pair(NamedTuple):
     """A self-signed certificate and its key."""
@@ -57,13 +59,13 @@ def serve(engine: Any, pair: Pair, *flags: str) -> Iterator[int]:
         yield listener.getsockname()[1]
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(LIMIT_S)
         listener.close()
     assert not thread.is_alive()
 
 
 def status_of(port: int, trust: ssl.SSLContext) -> int:
-    with httpx.Client(verify=trust, timeout=10) as client:
+    with httpx.Client(verify=trust, timeout=LIMIT_S) as client:
         return client.get(f"https://localhost:{port}/version").status_code
 
 
@@ -72,9 +74,9 @@ def test_replies_are_encrypted(fake_engine: Any, make_pair: Any) -> None:
     with serve(fake_engine, pair) as port:
         assert status_of(port, ssl.create_default_context(cafile=pair.certificate)) == 200
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"http://localhost:{port}/version", timeout=10)
+            httpx.get(f"http://localhost:{port}/version", timeout=LIMIT_S)
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"https://localhost:{port}/version", timeout=10)
+            httpx.get(f"https://localhost:{port}/version", timeout=LIMIT_S)
 
 
 def test_clients_show_a_certificate_where_one_is_required(fake_engine: Any, make_pair: Any) -> None:

@@ -31,14 +31,14 @@ def serve() -> Iterator[Callable[[Script], str]]:
             thread = threading.Thread(target=play, daemon=True)
             thread.start()
             stack.callback(listener.close)
-            stack.callback(thread.join, 10)
+            stack.callback(thread.join, 100)
             return f"127.0.0.1:{listener.getsockname()[1]}"
 
         yield start
         is_over.set()
 
 
-def get(url: str, timeout_s: float = 5.0) -> bytes:
+def get(url: str, timeout_s: float = 100.0) -> bytes:
     return fetch(url, max_bytes=1000, timeout_s=timeout_s, allow_private=True)
 
 
