@@ -5,6 +5,7 @@ tokenizers; transformers and matplotlib are used where they are. The last line i
 
     python -m benchmarks.gpu_suite --json out.json --plot out.png
     python -m benchmarks.gpu_suite --sections ceilings step --profile
+    python -m benchmarks.gpu_suite --quick                 what the targets ask for, first things first
     python -m benchmarks.gpu_suite --device cpu --tiny     all of its logic, in a minute, without a GPU
     python -m benchmarks.gpu_suite --predict               floors alone: nothing is measured
 """
@@ -12,12 +13,16 @@ tokenizers; transformers and matplotlib are used where they are. The last line i
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import gc
+import json
 import os
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +34,7 @@ from benchmarks._report import format_table, write_json
 from benchmarks.gpu import floors
 from benchmarks.gpu.ledger import Ledger
 from benchmarks.gpu.random_engine import write_folder
-from benchmarks.gpu.suite import FULL, TOY, Suite
+from benchmarks.gpu.suite import FULL, QUICK, TOY, Suite
 
 SECTIONS = (
     "ceilings",
@@ -41,6 +46,21 @@ SECTIONS = (
     "engine",
     "invariance",
 )
+# By worth, for a run that may be cut short.
+_QUICK_ORDER = (
+    "ceilings",
+    "step",
+    "engine",
+    "correctness",
+    "invariance",
+    "prefill",
+    "codec",
+    "micro",
+)
+
+DEVICE_LOST = 3  # exit code: no kernel runs any more, so the rest wants a new process
+_MAX_OVERRUN = 2  # times its seconds; a section that takes longer hangs
+_FLUSH_S = 2.0  # between files that are written while a section runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,16 +80,40 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(predicted(suite))
             return 0
         _print_card(suite)
-        sections = [*arguments.sections, *(["profile"] if arguments.profile else [])]
-        for section in sections:
-            _run(suite, section)
-            _write(arguments.json, suite)  # what came so far outlives a run that is cut short
+        if not _run_all(suite, _sections(arguments), arguments.json):
+            return DEVICE_LOST
     if arguments.plot:
         _plot(suite, arguments.plot)
     print(suite.ledger.targets_table())
     line, is_right = suite.ledger.verdict(is_toy=arguments.tiny)
     print(line)
     return 0 if is_right else 1
+
+
+def _sections(arguments: argparse.Namespace) -> list[str]:
+    chosen = arguments.sections or (_QUICK_ORDER if arguments.quick else SECTIONS)
+    return [*chosen, *(["profile"] if arguments.profile and "profile" not in chosen else [])]
+
+
+def _run_all(suite: Suite, sections: Sequence[str], path: Path | None) -> bool:
+    """All sections; False if the device was lost on the way, as after an illegal access."""
+    for index, section in enumerate(sections):
+        _run(suite, section)
+        is_lost = suite.is_cuda and not _answers(suite.device)
+        if is_lost:
+            suite.note(f"the device is lost; left for a new process: {sections[index + 1 :]}")
+        _write(path, suite)
+        if is_lost:
+            return False
+    return True
+
+
+def _answers(device: torch.device) -> bool:
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def predicted(suite: Suite) -> str:
@@ -100,21 +144,27 @@ def predicted(suite: Suite) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument(
+        "--sections", nargs="+", choices=(*SECTIONS, "profile"), help="default: all but profile"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few cases, those of the targets, by their worth"
+    )
     parser.add_argument("--profile", action="store_true", help="share of time by kernel as well")
     parser.add_argument("--predict", action="store_true", help="print floors, measure nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, for the logic alone")
     parser.add_argument("--seconds", type=float, default=110.0, help="for each section")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--resume", action="store_true", help="add to what --json has already")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG, where matplotlib is")
     return parser
 
 
 def _suite(arguments: argparse.Namespace, folder: Path) -> Suite:
-    scale = TOY if arguments.tiny else FULL
+    scale = TOY if arguments.tiny else QUICK if arguments.quick else FULL
     torch.manual_seed(0)
-    return Suite(
+    suite = Suite(
         device=torch.device(arguments.device),
         scale=scale,
         folder=folder,
@@ -123,6 +173,34 @@ def _suite(arguments: argparse.Namespace, folder: Path) -> Suite:
         ledger=Ledger(),
         seconds_per_section=arguments.seconds,
     )
+    if arguments.resume and arguments.json and arguments.json.is_file():
+        _resume(suite, json.loads(arguments.json.read_text(encoding="utf-8")))
+    suite.flush = _flusher(arguments.json, suite)
+    return suite
+
+
+def _resume(suite: Suite, written: dict[str, Any]) -> None:
+    """Go on with the figures, and against the ceilings, of an earlier run."""
+    suite.ledger = Ledger.from_json(written)
+    suite.extras = {
+        name: value
+        for name, value in written.items()
+        if name not in ("circumstances", "ceilings", *Ledger().as_json())
+    }
+    if ceilings := written.get("ceilings"):
+        suite.ceilings = floors.Ceilings(**ceilings)
+
+
+def _flusher(path: Path | None, suite: Suite) -> Callable[[], None]:
+    last = time.monotonic()
+
+    def flush() -> None:
+        nonlocal last
+        if time.monotonic() - last > _FLUSH_S:
+            _write(path, suite)
+            last = time.monotonic()
+
+    return flush
 
 
 def _run(suite: Suite, section: str) -> None:
@@ -130,13 +208,18 @@ def _run(suite: Suite, section: str) -> None:
     print(f"\n== {section}", flush=True)
     suite.begin(section)
     start = time.monotonic()
+    # What hangs would keep everybody from what is written down; the file has all but this section.
+    faulthandler.dump_traceback_later(_MAX_OVERRUN * suite.seconds_per_section, exit=True)
     try:
         import_module(f"benchmarks.gpu.{section}").run(suite)
     except Exception:
         suite.ledger.failures.append(f"section {section}")
         suite.extras[f"{section} failure"] = traceback.format_exc()
         traceback.print_exc()
-    if suite.is_cuda:
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    gc.collect()
+    if suite.is_cuda and _answers(suite.device):
         torch.cuda.empty_cache()
     figures = suite.ledger.of(section)
     if figures:
@@ -165,7 +248,11 @@ def _software(suite: Suite) -> dict[str, Any]:
 
 def _write(path: Path | None, suite: Suite) -> None:
     if path is not None:
-        write_json(path, {**suite.extras, **suite.ledger.as_json()})
+        ceilings = {"ceilings": asdict(suite.ceilings)}
+        # In one go: who is stopped while writing leaves the file as it was.
+        part = path.with_name(f"{path.name}.part")
+        write_json(part, {**suite.extras, **ceilings, **suite.ledger.as_json()})
+        part.replace(path)
 
 
 def _plot(suite: Suite, path: Path) -> None:

@@ -5,7 +5,7 @@ Knows tables, not how anything is measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -87,6 +87,15 @@ class Ledger:
     figures: list[Figure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was left out, and why
     failures: list[str] = field(default_factory=list)  # sections that broke
+
+    @classmethod
+    def from_json(cls, written: Mapping[str, Any]) -> Ledger:
+        """What ``as_json`` wrote of an earlier run, to go on with."""
+        figures = []
+        for each in written["figures"]:
+            fields = {name: value for name, value in each.items() if name != "ratio"}
+            figures.append(Figure(**fields))
+        return cls(figures, [*written["notes"]], [*written["failures"]])
 
     def of(self, section: str) -> list[Figure]:
         return [figure for figure in self.figures if figure.section == section]

@@ -91,7 +91,8 @@ def open_core(suite: Suite, *, decodes_audio: bool, **options: Any) -> Iterator[
         yield core
     finally:
         core.shutdown()
-        del core
+        # Whoever opened it has a name for it still, and the next engine needs its memory.
+        vars(core._executor._worker).clear()  # type: ignore[attr-defined]
         gc.collect()
         if suite.is_cuda:
             torch.cuda.empty_cache()

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from benchmarks.gpu.floors import Ceilings, Work
 from benchmarks.gpu.ledger import Figure, Ledger
 from vllm.checkpoint_config import HiggsAudioConfig
 
-__all__ = ["FULL", "TOY", "Scale", "Suite"]
+__all__ = ["FULL", "QUICK", "TOY", "Scale", "Suite"]
 
 T = TypeVar("T")
 
@@ -75,6 +75,23 @@ FULL = Scale(
     num_rounds=20,
 )
 
+# What the targets ask for and little else, for a first look at a card.
+QUICK = replace(
+    FULL,
+    micro_rows=(1, 64),
+    sampler_rows=(64,),
+    attention_batches=(1, 64),
+    invariant_rows=(1, 17, 64),
+    contexts=(800,),
+    step_batches=(1, 64),
+    prefill_lengths=(64, 350),
+    codec_batches=(1, 32),
+    engine_streams=(1, 64, 128),
+    requests_per_stream=2,
+    num_invariance_requests=16,
+    num_rounds=10,
+)
+
 TOY = Scale(
     model="tiny",
     codec="tiny",
@@ -112,6 +129,7 @@ class Suite:
     ceilings: Ceilings
     ledger: Ledger
     seconds_per_section: float = 110.0
+    flush: Callable[[], None] = lambda: None  # writes down what there is so far
     extras: dict[str, Any] = field(default_factory=dict)  # section -> what JSON gets beside figures
     _section: str = ""
     _deadline: float = 0.0
@@ -177,6 +195,7 @@ class Suite:
             is_wrong=is_wrong,
         )
         self.ledger.figures.append(figure)
+        self.flush()
 
     def check(self, name: str, error: float, limit: float, *, unit: str = "") -> None:
         """Record an error that must not exceed ``limit``; what is no number does."""

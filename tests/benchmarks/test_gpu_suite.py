@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import gpu_suite
 from benchmarks.gpu import floors
 from benchmarks.gpu.floors import ASSUMED_H200
 from benchmarks.gpu.ledger import TARGETS, Figure, Ledger
-from benchmarks.gpu.suite import FULL
+from benchmarks.gpu.suite import FULL, TOY, Suite
 from vllm.checkpoints.make_model import make_model
 
 # What serves HTTP, decodes files and draws: none of it may be needed.
@@ -52,13 +55,29 @@ def test_runs_without_a_gpu_and_without_server_packages(tmp_path: Path, repo_roo
 @pytest.mark.timeout(360)
 @pytest.mark.parametrize(
     "sections",
-    [("correctness", "micro"), ("step",), ("prefill", "codec", "--profile"), ("invariance",)],
+    [
+        ("correctness", "micro"),
+        ("step", "--quick"),
+        ("prefill", "codec", "--profile"),
+        ("invariance",),
+    ],
 )
 def test_every_section_runs(tmp_path: Path, repo_root: Path, sections: tuple[str, ...]) -> None:
     _, written = run_suite(repo_root, tmp_path / "out.json", *sections)
     assert written["failures"] == []
     measured = {figure["section"] for figure in written["figures"]}
     assert measured >= {each for each in sections if not each.startswith("--")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(360)
+def test_kernels_are_built_ahead(repo_root: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu.compile_ahead"]
+    command += ["--device", "cpu", "--tiny", "--jobs", "1"]
+    done = subprocess.run(
+        command, cwd=repo_root, capture_output=True, text=True, timeout=340, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_floors_are_those_of_the_design(tmp_path: Path) -> None:
@@ -99,6 +118,52 @@ def test_the_last_line_says_what_was_met_missed_and_left_out() -> None:
     )
     assert line.endswith("; wrong: a check")
     assert not is_right
+
+
+def test_a_later_run_goes_on_with_what_an_earlier_one_wrote(tmp_path: Path) -> None:
+    earlier, path = make_suite(tmp_path / "earlier"), tmp_path / "out.json"
+    earlier.ceilings = replace(ASSUMED_H200, source="measured in this run")
+    earlier.begin("step")
+    earlier.add("a step", 2.0, "ms", bound=1.0)
+    earlier.note("something left out")
+    earlier.ledger.failures.append("section codec")
+    earlier.extras["seconds"] = {"step": 1.5}
+    gpu_suite._write(path, earlier)
+
+    later = make_suite(tmp_path / "later")
+    gpu_suite._resume(later, json.loads(path.read_text(encoding="utf-8")))
+
+    assert later.ledger == earlier.ledger
+    assert later.ceilings == earlier.ceilings
+    assert later.extras == earlier.extras
+    assert [each.name for each in tmp_path.iterdir() if each.is_file()] == ["out.json"]
+
+
+def test_figures_are_written_while_a_section_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_suite, "_FLUSH_S", 0.0)
+    suite, path = make_suite(tmp_path / "folder"), tmp_path / "out.json"
+    suite.flush = gpu_suite._flusher(path, suite)
+    suite.begin("step")
+    suite.add("a step", 2.0, "ms")
+    assert json.loads(path.read_text(encoding="utf-8"))["figures"][0]["name"] == "a step"
+
+
+def make_suite(folder: Path) -> Suite:
+    config = make_model(folder, size="tiny", with_weights=False)
+    cpu = torch.device("cpu")
+    return Suite(cpu, TOY, folder, config, ceilings=ASSUMED_H200, ledger=Ledger())
+
+
+def test_a_lost_device_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite, ran = make_suite(tmp_path), []
+    monkeypatch.setattr(Suite, "is_cuda", True)
+    monkeypatch.setattr(gpu_suite, "_run", lambda _, section: ran.append(section))
+    monkeypatch.setattr(gpu_suite, "_answers", lambda _: len(ran) < 2)
+    assert not gpu_suite._run_all(suite, ["ceilings", "step", "codec"], None)
+    assert ran == ["ceilings", "step"]
+    assert "codec" in suite.ledger.notes[-1]
 
 
 def test_ratios_are_at_least_one_for_times_and_for_rates() -> None:
