@@ -119,6 +119,28 @@ def test_a_dead_engine_is_replaced_where_asked(fake_engine: Any) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_an_engine_that_is_closed_did_not_die(fake_engine: Any, restart: bool) -> None:
+    engines, deaths = [fake_engine(), fake_engine()], []
+    waiting = iter(engines)
+    host = EngineHost(
+        lambda: next(waiting), restart=restart, on_fatal=lambda: deaths.append("fatal")
+    )
+
+    async def scenario() -> None:
+        running = asyncio.create_task(host.run())
+        while host.state is not HostState.READY:
+            await asyncio.sleep(0.005)
+        await host.close()
+        engines[0].kill()
+        assert host.state is HostState.DEAD
+        await running
+
+    asyncio.run(scenario())
+    assert deaths == []
+    assert host.engine is engines[0]
+
+
 def test_keys(start_server: Any) -> None:
     server = start_server(None, "--api-key", "one", "two")
     good = [{"Authorization": f"Bearer {key}"} for key in ("one", "two")]

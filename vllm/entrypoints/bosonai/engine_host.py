@@ -101,6 +101,7 @@ class EngineHost:
         self._on_fatal = on_fatal
         self._engine = create()
         self._has_failed = False
+        self._is_closing = False
 
     @property
     def engine(self) -> EngineClient:
@@ -114,7 +115,7 @@ class EngineHost:
 
     @property
     def _will_restart(self) -> bool:
-        return self._restart and not self._has_failed
+        return self._restart and not self._has_failed and not self._is_closing
 
     def ready_engine(self) -> EngineClient:
         """The engine, for one request.
@@ -130,31 +131,41 @@ class EngineHost:
         return self._engine
 
     async def run(self) -> None:
-        """Start the engine and stay with it until there is none any more."""
+        """Start the engine and stay with it until there is none any more, or ``close``."""
         try:
-            while True:
-                await self._engine.start()
-                logger.info("ready")
-                if self._on_ready is not None:
-                    self._on_ready()
-                await self._engine.wait_dead()
-                logger.error("the engine process died")
-                if not self._restart:
-                    break
-                await self._engine.shutdown()
-                await asyncio.sleep(_RESTART_PAUSE_S)
-                self._engine = self._create()
-                logger.info("starting a new engine process")
-        except HiggsAudioError as error:
-            logger.error("the engine could not be started: %s", error)
-        except Exception:
-            logger.exception("the engine could not be started")
+            await self._keep_running()
+        except Exception as error:
+            if not self._is_closing:
+                is_surprise = not isinstance(error, HiggsAudioError)
+                logger.error("the engine could not be started: %s", error, exc_info=is_surprise)
+        if self._is_closing:
+            return
         self._has_failed = True
         if self._on_fatal is not None:
             self._on_fatal()
 
+    async def _keep_running(self) -> None:
+        """Returns when the engine has died and no other takes its place."""
+        while not self._is_closing:
+            await self._engine.start()
+            logger.info("ready")
+            if self._on_ready is not None:
+                self._on_ready()
+            await self._engine.wait_dead()
+            if self._is_closing:
+                return
+            logger.error("the engine process died")
+            if not self._restart:
+                return
+            await self._engine.shutdown()
+            await asyncio.sleep(_RESTART_PAUSE_S)
+            if not self._is_closing:
+                self._engine = self._create()
+                logger.info("starting a new engine process")
+
     async def close(self) -> None:
-        """Stop the engine; open requests end with an abort."""
+        """Stop the engine for good; open requests end with an error."""
+        self._is_closing = True
         try:
             async with asyncio.timeout(_SHUTDOWN_LIMIT_S):
                 await self._engine.shutdown()
