@@ -111,11 +111,24 @@ def test_the_queue_lists_ids_by_priority(
 
 
 def test_deadlines_reach_the_engine(start_server: Any) -> None:
-    server = start_server(None, "--request-timeout", "9")
-    body = {"input": "a", "timeout_s": 4}
-    server.client.post("/v1/audio/speech", json=body, headers={"X-Request-Timeout": "7.5"})
-    server.client.post("/v1/audio/speech", json={"input": "a"}, headers={"X-Request-Timeout": "7"})
-    assert server.engine.timeouts == [4.0, 7.0]
+    server = start_server(None, "--request-timeout", "9000")
+    body = {"input": "a", "timeout_s": 4000}
+    server.client.post("/v1/audio/speech", json=body, headers={"X-Request-Timeout": "7500.5"})
+    later = {"X-Request-Timeout": "7000"}
+    server.client.post("/v1/audio/speech", json={"input": "a"}, headers=later)
+    first, second = server.engine.timeouts
+    assert 3000 < first <= 4000, "what is left of the shortest"
+    assert 6000 < second <= 7000
+
+
+def test_the_texts_of_a_batch_share_its_deadline(start_server: Any, fake_engine: Any) -> None:
+    server = start_server(fake_engine(max_num_seqs=1, delay_s=0.01))
+    items = [{"input": "a"}, {"input": "a"}, {"input": "a"}]
+    limit = {"X-Request-Timeout": "5000"}
+    server.client.post("/v1/audio/speech/batch", json={"items": items}, headers=limit)
+    lefts = server.engine.timeouts
+    assert lefts == sorted(lefts, reverse=True)
+    assert len(set(lefts)) == 3, "one after the other"
 
 
 @pytest.mark.parametrize(

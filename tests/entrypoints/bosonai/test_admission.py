@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -26,7 +27,13 @@ def enter(admission: Admission, name: str, **fields: Any) -> Ticket:
 
 def make_request(**headers: str) -> Request:
     pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    return Request({"type": "http", "headers": pairs, "state": {"request_id": "from-header"}})
+    return Request(
+        {
+            "type": "http",
+            "headers": pairs,
+            "state": {"request_id": "from-header", "arrived_at": 0.0},
+        }
+    )
 
 
 def queued_ids(admission: Admission) -> list[str]:
@@ -129,7 +136,16 @@ def test_the_shortest_time_limit_counts() -> None:
     assert make_ticket(raw, config).timeout_s == 12.5
     assert make_ticket(raw, config, timeout_s=3.0).timeout_s == 3.0
     assert make_ticket(make_request(), config).timeout_s == 30.0
-    assert make_ticket(make_request(), ServerConfig()).timeout_s is None
+    unlimited = make_ticket(make_request(), ServerConfig())
+    assert unlimited.timeout_s is unlimited.seconds_left is None
+
+
+def test_a_time_limit_counts_from_arrival() -> None:
+    now = time.monotonic()
+    assert Ticket(client_id="late", timeout_s=5.0, arrived_at=now - 8.0).seconds_left == 0.0
+    left = Ticket(client_id="early", timeout_s=5000.0, arrived_at=now - 8.0).seconds_left
+    assert left is not None
+    assert 0 < left <= 4992.0
 
 
 @pytest.mark.parametrize("text", ["", "0", "0.0", "-1", "nan", "inf", "1e3", "soon", "1_0"])

@@ -42,15 +42,16 @@ _NO_CACHE = re.compile(r"\bno-(cache|store)\b", re.IGNORECASE)
 class Ticket:
     """One request in the eyes of the door: what its client asked for, and where it stands.
 
-    The first six fields are the client's; the others are set by ``Admission``.
+    The first seven fields are the client's; the others are set by ``Admission``.
     """
 
     client_id: str
     owner: str = field(default="", repr=False)  # the key it came with, where keys are needed
     priority: int = 0  # smaller is sooner
-    timeout_s: float | None = None
+    timeout_s: float | None = None  # from arrived_at
     engine_id: str = ""
     uses_cache: bool = True  # of finished replies
+    arrived_at: float = field(default_factory=time.monotonic)
 
     request_id: str = ""  # client_id, with a suffix where another live request has it
     arrival: int = 0
@@ -66,6 +67,13 @@ class Ticket:
     def num_open(self) -> int:
         """Running and queued requests at arrival, this one included."""
         return self.num_running + self.num_queued
+
+    @property
+    def seconds_left(self) -> float | None:
+        """What is left of the time limit; None where there is none."""
+        if self.timeout_s is None:
+            return None
+        return max(0.0, self.timeout_s - (time.monotonic() - self.arrived_at))
 
     def headers(self) -> dict[str, str]:
         """What the client is told of the queue."""
@@ -224,6 +232,7 @@ def make_ticket(
         priority=priority or 0,
         timeout_s=min(filter(None, limits), default=None),
         uses_cache=not _NO_CACHE.search(raw.headers.get("cache-control", "")),
+        arrived_at=raw.state.arrived_at,
     )
     raw.scope["state"].setdefault("records", []).append(ticket.record)
     return ticket

@@ -57,7 +57,7 @@ def _path_of(scope: Scope) -> str:
 
 
 class RequestIdMiddleware:
-    """Gives each request the client's id or a random one, and sends it back."""
+    """Gives each request the client's id or a random one, and sends it back; notes the time."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -68,7 +68,7 @@ class RequestIdMiddleware:
             return
         given = _UNSAFE.sub("", Headers(scope=scope).get("x-request-id", ""))[:_MAX_ID_LENGTH]
         request_id = given or secrets.token_hex(16)
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, arrived_at=time.monotonic())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

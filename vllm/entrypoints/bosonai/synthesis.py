@@ -132,7 +132,7 @@ class Synthesizer:
                 prompt,
                 params,
                 ticket.engine_id,
-                timeout_s=ticket.timeout_s,
+                timeout_s=ticket.seconds_left,
                 priority=ticket.priority,
                 player=player,
             )

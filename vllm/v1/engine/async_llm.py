@@ -134,6 +134,8 @@ class AsyncLLM(Generic[VoicesT]):
         """
         await self.check_health()
         assert self._processor is not None
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout_s is None else loop.time() + timeout_s
         unique_id = self._unique(request_id)
         try:
             # Clips are decoded and texts tokenised here, which may take a while.
@@ -149,7 +151,7 @@ class AsyncLLM(Generic[VoicesT]):
                 raise RequestAbortedError("the request was aborted")
             stream = _Stream(task)
             await self._submit(stream)
-            expiry = self._expire_after(timeout_s, task)
+            expiry = self._expire_at(deadline, task)
             try:
                 while True:
                     item = await stream.get()
@@ -207,18 +209,18 @@ class AsyncLLM(Generic[VoicesT]):
         self._open_ids.add(unique)
         return unique
 
-    def _expire_after(
-        self, timeout_s: float | None, task: SpeechTask
-    ) -> asyncio.TimerHandle | None:
-        if timeout_s is None:
+    def _expire_at(self, deadline: float | None, task: SpeechTask) -> asyncio.TimerHandle | None:
+        """End the task at a time of the loop's clock."""
+        if deadline is None:
             return None
         loop = asyncio.get_running_loop()
-        return loop.call_later(
-            timeout_s, lambda: loop.create_task(self._abort(task, FinishReason.DEADLINE))
+        return loop.call_at(
+            deadline, lambda: loop.create_task(self._abort(task, FinishReason.DEADLINE))
         )
 
     async def _submit(self, stream: _Stream) -> None:
         """Send the current part of a task to the engine."""
+        await self.check_health()  # a death wakes the streams there are, and no later one
         request = stream.task.next_request()
         self._streams[request.request_id] = stream
         await self._client.add_request(request)
@@ -247,16 +249,21 @@ class AsyncLLM(Generic[VoicesT]):
             return  # its reader has left
         if output.finish_reason is not None:
             del self._streams[output.request_id]
+        try:
+            await self._take_in(stream, output)
+        except HiggsAudioError as error:
+            stream.put(error)
+        except Exception as error:  # of this request; the others must still hear of theirs
+            logger.exception("a request failed", extra={"request_id": stream.task.request_id})
+            stream.put(EngineError(f"the request failed: {error}"))
+
+    async def _take_in(self, stream: _Stream, output: EngineCoreOutput) -> None:
         item = stream.task.absorb(output)
         if item.finish_reason is FinishReason.ERROR:
-            stream.put(EngineError(item.error or "the engine failed the request"))
-            return
+            raise EngineError(item.error or "the engine failed the request")
         stream.put(item)
         if output.finish_reason is not None and not item.finished:
-            try:
-                await self._submit(stream)
-            except HiggsAudioError as error:
-                stream.put(error)
+            await self._submit(stream)
 
     def _die(self, error: HiggsAudioError) -> None:
         if self._death is None:
