@@ -277,8 +277,9 @@ class _Answer:
         """The answer as server-sent events; a failure is one of them."""
         empty = {"usage": None} if has_usage_chunk else {}
         try:
-            async for delta in self._deltas():
-                yield self._chunk([{"index": 0, "delta": delta, "finish_reason": None}], empty)
+            async with aclosing(self._deltas()) as deltas:
+                async for delta in deltas:
+                    yield self._chunk([{"index": 0, "delta": delta, "finish_reason": None}], empty)
         except HiggsAudioError as error:
             logger.error("chat reply ended with an error event: %s", error)
             body = error_body(error.http_status, str(error), code=error.code)
@@ -304,12 +305,13 @@ class _Answer:
             opening["audio"] = {"id": self.audio_id, "transcript": self.text}
         yield opening
         rest = b""
-        async for piece in self.reply.audio():
-            data = rest + piece
-            size = len(data) - len(data) % _JOINABLE_BYTES
-            rest = data[size:]
-            if size:
-                yield {"audio": {"data": base64.b64encode(data[:size]).decode("ascii")}}
+        async with aclosing(self.reply.audio()) as pieces:
+            async for piece in pieces:
+                data = rest + piece
+                size = len(data) - len(data) % _JOINABLE_BYTES
+                rest = data[size:]
+                if size:
+                    yield {"audio": {"data": base64.b64encode(data[:size]).decode("ascii")}}
         if rest:
             yield {"audio": {"data": base64.b64encode(rest).decode("ascii")}}
         if has_audio:

@@ -11,7 +11,7 @@ import base64
 import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -214,21 +214,22 @@ class SpeechReply(Reply):
         self._ending: Ending | None = None
 
     async def audio(self) -> AsyncGenerator[bytes]:
-        async for output in self._all_outputs():
-            piece = await self._run(self._pipe.push, output.audio)
-            if piece:
-                yield piece
-            if output.finish_reason is not None:
-                self._end(output, output.finish_reason)
+        async with aclosing(self._all_outputs()) as outputs:
+            async for output in outputs:
+                piece = await self._run(self._pipe.push, output.audio)
+                if piece:
+                    yield piece
+                if output.finish_reason is not None:
+                    self._end(output, output.finish_reason)
         if self._ending is None:
             raise EngineError("the engine stopped before the audio was complete")
         tail = await self._run(self._pipe.finish)
         if tail:
             yield tail
 
-    async def _all_outputs(self) -> AsyncIterator[SpeechOutput]:
+    async def _all_outputs(self) -> AsyncGenerator[SpeechOutput]:
         yield self._first
-        async for output in self.outputs:
+        async for output in self.outputs:  # closed by whoever gives the reply up
             yield output
 
     async def _run(self, function: Any, *args: Any) -> bytes:
@@ -300,11 +301,15 @@ def summary(ending: Ending) -> dict[str, Any]:
             "processing_time_seconds": round(stats.processing_time_s, 4),
             "realtime_factor": round(stats.realtime_factor, 4),
             "rtf": round(stats.rtf, 4),
-            "time_to_first_audio_seconds": stats.time_to_first_audio_s,
+            "time_to_first_audio_seconds": _rounded(stats.time_to_first_audio_s),
         },
         "finish_reason": ending.reason.value,
         "seed": ending.seed,
     }
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)
 
 
 def end_headers(ending: Ending) -> dict[str, str]:
