@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-__all__ = ["RATIOS", "WIDTH", "Decoder"]
+__all__ = ["KERNEL", "RATIOS", "WIDTH", "Decoder", "ResidualUnits", "Snake", "norm_conv"]
 
 WIDTH = 192
 RATIOS = (8, 5, 4, 2, 3)
 _DILATIONS = (1, 3, 9)
-_KERNEL = 7
+KERNEL = 7
 
 
-class _Snake(nn.Module):
+class Snake(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.ones(1, channels, 1))
@@ -28,7 +28,7 @@ class _Snake(nn.Module):
         return x + (self.alpha * x).sin().square() / (self.alpha + 1e-9)
 
 
-def _conv(in_channels: int, out_channels: int, kernel: int, dilation: int = 1) -> nn.Module:
+def norm_conv(in_channels: int, out_channels: int, kernel: int, dilation: int = 1) -> nn.Module:
     padding = dilation * (kernel // 2)
     conv = nn.Conv1d(in_channels, out_channels, kernel, padding=padding, dilation=dilation)
     return weight_norm(conv)
@@ -37,32 +37,41 @@ def _conv(in_channels: int, out_channels: int, kernel: int, dilation: int = 1) -
 class _ResidualUnit(nn.Module):
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()
-        self.snake1, self.snake2 = _Snake(channels), _Snake(channels)
-        self.conv1 = _conv(channels, channels, _KERNEL, dilation)
-        self.conv2 = _conv(channels, channels, 1)
+        self.snake1, self.snake2 = Snake(channels), Snake(channels)
+        self.conv1 = norm_conv(channels, channels, KERNEL, dilation)
+        self.conv2 = norm_conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(self.snake2(self.conv1(self.snake1(x))))
 
 
-class _Block(nn.Module):
-    def __init__(self, channels: int, stride: int) -> None:
+class ResidualUnits(nn.Module):
+    """What each block has, of either direction."""
+
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.snake1 = _Snake(channels)
+        self.res_unit1, self.res_unit2, self.res_unit3 = (
+            _ResidualUnit(channels, dilation) for dilation in _DILATIONS
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.res_unit3(self.res_unit2(self.res_unit1(x)))
+
+
+class _Block(ResidualUnits):
+    def __init__(self, channels: int, stride: int) -> None:
         half = channels // 2
+        super().__init__(half)
+        self.snake1 = Snake(channels)
         conv = nn.ConvTranspose1d(
             *(channels, half, 2 * stride, stride),
             padding=math.ceil(stride / 2),
             output_padding=stride % 2,
         )
         self.conv_t1 = weight_norm(conv)
-        self.res_unit1, self.res_unit2, self.res_unit3 = (
-            _ResidualUnit(half, dilation) for dilation in _DILATIONS
-        )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_t1(self.snake1(x))
-        return self.res_unit3(self.res_unit2(self.res_unit1(x)))
+        return super().forward(self.conv_t1(self.snake1(x)))
 
 
 class Decoder(nn.Module):
@@ -70,11 +79,11 @@ class Decoder(nn.Module):
 
     def __init__(self, size: int, width: int = WIDTH) -> None:
         super().__init__()
-        self.conv1 = _conv(size, width, _KERNEL)
+        self.conv1 = norm_conv(size, width, KERNEL)
         self.block = nn.ModuleList(_Block(width >> at, ratio) for at, ratio in enumerate(RATIOS))
         narrow = width >> len(RATIOS)
-        self.snake1 = _Snake(narrow)
-        self.conv2 = _conv(narrow, 1, _KERNEL)
+        self.snake1 = Snake(narrow)
+        self.conv2 = norm_conv(narrow, 1, KERNEL)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)

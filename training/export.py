@@ -1,9 +1,9 @@
 """Writes the trained weights as a checkpoint in Higgs Audio v2's layout, for the ordinary loader.
 
-    python -m training.export --codec DIR --decoder DIR --lm DIR --out DIR
+    python -m training.export --codec DIR --decoder DIR [--encoder DIR] --lm DIR --out DIR
 
-The language model is written in bfloat16, the codec in float16. The codec decodes only: its codes
-come from the teacher's alignment, for which there is no encoder.
+The language model is written in bfloat16, the codec in float16. Without an encoder the codec decodes
+only.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training.decoder import Decoder
+from training.encoder import codec_config
 from training.features import FRAME
 from training.lexicon import load_lexicon
 from training.network import Sizes
 from training.prompt import NUM_TOKENS, TOKEN_ID
 from training.tokenizer import write_tokenizer
 from vllm.checkpoint_config import HiggsAudioConfig
-from vllm.checkpoints.make_codec import CODEC_SIZES, write_codec
+from vllm.checkpoints.make_codec import write_codec
 from vllm.checkpoints.make_model import write_configuration
 from vllm.entrypoints.bosonai.voices import SHIPPED_PRESETS
 from vllm.model_executor.codecs.higgs import HiggsCodecConfig, fold_weight_norm
@@ -95,21 +96,35 @@ def lm_config(num_layers: int) -> HiggsAudioConfig:
     )
 
 
-def export_codec(folder: Path, codebooks: Tensor, decoder: dict[str, Tensor]) -> None:
-    """Write a codec folder from codebooks [8, 1024, size] and a decoder's ``state_dict``."""
+def export_codec(
+    folder: Path,
+    codebooks: Tensor,
+    decoder: dict[str, Tensor],
+    encoder: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a codec folder from codebooks [8, 1024, size] and the ``state_dict`` of its networks.
+
+    Without an encoder's the codec decodes only.
+    """
     config = _codec_config(codebooks.shape[-1], decoder)
+    if encoder is None:
+        config = replace(config, decode_only=True)
     size, inner = config.acoustic_size, config.quantizer_size
-    tensors = {
-        f"acoustic_decoder.{name}": each.contiguous()
-        for name, each in fold_weight_norm(decoder.items())
-    }
-    # The published quantizer projects to the width of its encoder and back; here that is padding.
-    widen = torch.eye(inner, config.codebook_dim)
+    trained = {f"acoustic_decoder.{name}": each for name, each in decoder.items()}
+    tensors = dict(fold_weight_norm((trained | (encoder or {})).items()))
+    # The published quantizer projects to the width of its encoder and back. Here the first channels
+    # are what is quantized, and the next what only the first stage looks at.
+    widen = torch.eye(inner, size)
+    sight = torch.eye(size, inner)
+    first_sight = sight + sight.roll(size, 1)
     for index, book in enumerate(codebooks):
         prefix = f"quantizer.quantizers.{index}"
         tensors[f"{prefix}.codebook.embed"] = book
         tensors[f"{prefix}.project_out.weight"] = widen.clone()
         tensors[f"{prefix}.project_out.bias"] = torch.zeros(inner)
+        if encoder is not None:
+            tensors[f"{prefix}.project_in.weight"] = (sight if index else first_sight).clone()
+            tensors[f"{prefix}.project_in.bias"] = torch.zeros(size)
     tensors["fc2.weight"] = torch.eye(size, inner)
     tensors["fc2.bias"] = torch.zeros(size)
     rounded = {name: each.half().contiguous() for name, each in tensors.items()}
@@ -118,13 +133,7 @@ def export_codec(folder: Path, codebooks: Tensor, decoder: dict[str, Tensor]) ->
 
 def _codec_config(size: int, decoder: dict[str, Tensor]) -> HiggsCodecConfig:
     width = len(decoder["conv1.bias"])
-    config = replace(
-        CODEC_SIZES["tiny"],
-        codebook_dim=size,
-        acoustic_size=size,
-        decoder_size=width,
-        decode_only=True,
-    )
+    config = codec_config(size, width)
     expected = set(Decoder(size, width).state_dict())
     if set(decoder) != expected or config.hop_length != FRAME:
         raise SystemExit("the decoder's weights are not those of training/decoder.py")
@@ -152,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--codec", type=Path, required=True, help="folder of make_codes")
     parser.add_argument("--decoder", type=Path, required=True, help="folder of train_decoder")
+    parser.add_argument("--encoder", type=Path, help="folder of train_encoder")
     parser.add_argument("--lm", type=Path, required=True, help="folder of train_lm")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
@@ -163,7 +173,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     codebooks = load_file(args.codec / "codebooks.safetensors")["codebooks"]
-    export_codec(args.out / "codec", codebooks, load_file(args.decoder / "decoder.safetensors"))
+    export_codec(
+        args.out / "codec",
+        codebooks,
+        load_file(args.decoder / "decoder.safetensors"),
+        load_file(args.encoder / "encoder.safetensors") if args.encoder else None,
+    )
     export_lm(
         args.out / "lm",
         load_file(args.lm / "lm.safetensors"),

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training.decoder import Decoder
+from training.encoder import Encoder
 from training.export import TEXT_HEAD
+from vllm.model_executor.codecs.higgs import fold_weight_norm
 
 
 def import_lm(model: Path, out: Path) -> None:
@@ -41,6 +43,17 @@ def import_decoder(model: Path, out: Path) -> None:
     save_file({name: _unfolded(name, folded) for name in wanted}, out / "decoder.safetensors")
 
 
+def import_encoder(model: Path, out: Path) -> None:
+    """Write ``encoder.safetensors``, where the codec has an encoder."""
+    folded = dict(fold_weight_norm(load_file(model / "codec" / "model.safetensors").items()))
+    if "fc.weight" not in folded:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    folded = {name: each.float() for name, each in folded.items()}
+    wanted = Encoder(len(folded["fc2.bias"])).state_dict()
+    save_file({name: _unfolded(name, folded) for name in wanted}, out / "encoder.safetensors")
+
+
 def _unfolded(name: str, folded: dict[str, Tensor]) -> Tensor:
     weight, found, which = name.partition(".parametrizations.weight.original")
     if not found:
@@ -58,6 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     import_lm(args.model, args.out / "lm")
     import_decoder(args.model, args.out / "decoder")
+    import_encoder(args.model, args.out / "encoder")
 
 
 if __name__ == "__main__":

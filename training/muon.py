@@ -18,7 +18,10 @@ _NUM_STEPS = 5
 
 
 class Muon(Optimizer):
-    """For the matrices inside a network; embeddings, heads and gains need another optimizer."""
+    """For the matrices inside a network; embeddings, heads and gains need another optimizer.
+
+    A convolution's weight is the matrix of its outputs and everything that they see.
+    """
 
     def __init__(
         self,
@@ -40,11 +43,12 @@ class Muon(Optimizer):
                 if weight.grad is not None:
                     by_shape.setdefault(weight.shape, []).append(weight)
             for shape, weights in by_shape.items():
-                updates = torch.stack([self._momentum(each, group["momentum"]) for each in weights])
-                scale = max(1.0, shape[0] / shape[1]) ** 0.5
+                moments = [self._momentum(each, group["momentum"]) for each in weights]
+                updates = torch.stack(moments).flatten(2)
+                scale = max(1.0, shape[0] / updates.shape[2]) ** 0.5
                 steps = _orthogonal(updates.to(self._dtype))
                 for weight, update in zip(weights, steps, strict=True):
-                    weight.add_(update, alpha=-group["lr"] * scale)
+                    weight.add_(update.view(shape), alpha=-group["lr"] * scale)
 
     def _momentum(self, weight: Tensor, decay: float) -> Tensor:
         state = self.state[weight]

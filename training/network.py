@@ -54,7 +54,7 @@ class _Attention(nn.Module):
         Args:
             x: [B, T, width].
             first: place of the first query; the places before it are only looked at.
-            rotary: cosines and signed sines [T, width / heads].
+            rotary: cosines and signed sines [B, 1, T, width / heads].
             mask: float32 [B, 1, T, T], what is added to scores.
             num_taught: of the first heads, those whose log-attention is wanted.
         """
@@ -66,7 +66,7 @@ class _Attention(nn.Module):
                 (self.v_proj, x),
             )
         )
-        query = _rotate(query * query.shape[-1] ** -0.5, *(each[first:] for each in rotary))
+        query = _rotate(query * query.shape[-1] ** -0.5, *(each[:, :, first:] for each in rotary))
         # Written out: PyTorch's fused attention is slow on a CPU when it is masked and bfloat16.
         scores = (query @ _rotate(key, *rotary).transpose(-1, -2)).float() + mask[:, :, first:]
         taught = scores[:, :num_taught].log_softmax(-1) if num_taught else None
@@ -193,7 +193,11 @@ class Network(nn.Module):
                 outputs += logits_of_id[id_of_code]
 
     def forward(
-        self, text: Tensor, num_padding: Tensor, frames: Tensor
+        self,
+        text: Tensor,
+        num_padding: Tensor,
+        frames: Tensor,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Hidden states of the audio positions.
 
@@ -201,6 +205,9 @@ class Network(nn.Module):
             text: int64 [B, Tt], right-aligned.
             num_padding: int64 [B], ids before each text that mean nothing.
             frames: int64 [B, Ta, 8], delayed, the BOS frame first.
+            positions: int64 [B, Tt + Ta], places in the prompt, -1 for padding, where a
+                reference's frames belong between its text and the other; default: all text, then
+                all frames.
 
         Returns:
             [B, Ta, hidden_size], and the log-attention [B, Ta, Tt] of each taught head in the
@@ -209,9 +216,12 @@ class Network(nn.Module):
         num_text, length = text.shape[1], text.shape[1] + frames.shape[1]
         body = self.model
         x = torch.cat([body.embed_tokens(text), body.embed_audio_tokens(frames)], 1)
-        rotary = self._rotary(length, x.device)
+        if positions is None:
+            places = torch.arange(length, device=x.device)
+            positions = (places - num_padding[:, None]).clamp(min=-1)
+        rotary = self._rotary(positions)
         taught: dict[tuple[int, int], Tensor] = {}
-        mask = _causal_mask(num_padding, length)
+        mask = _causal_mask(positions)
         last = len(body.layers) - 1
         for index, layer in enumerate(body.layers):
             heads = [head for at, head in (*CURRENT_HEADS, *NEXT_HEADS) if at == index]
@@ -230,21 +240,18 @@ class Network(nn.Module):
         rows = self.audio_lm_head.weight[first * size : (first + count) * size]
         return F.linear(hidden, rows).float().view(-1, count, size)
 
-    def _rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         half = self.sizes.hidden_size // self.sizes.num_attention_heads // 2
-        exponents = torch.arange(half, device=device) / half
-        angles = torch.outer(
-            torch.arange(length, device=device).float(), self.sizes.rope_theta**-exponents
-        )
+        exponents = torch.arange(half, device=positions.device) / half
+        angles = positions[:, None, :, None].float() * self.sizes.rope_theta**-exponents
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def _causal_mask(num_padding: Tensor, length: int) -> Tensor:
-    """float32 [B, 1, length, length] to add; padding sees itself, so that no row is empty."""
-    places = torch.arange(length, device=num_padding.device)
-    causal = places[:, None] >= places
-    known = places >= num_padding[:, None]  # [B, length]
-    itself = torch.eye(length, dtype=torch.bool, device=places.device)
+def _causal_mask(positions: Tensor) -> Tensor:
+    """float32 [B, 1, T, T] to add; padding sees itself, so that no row is empty."""
+    causal = positions[:, :, None] >= positions[:, None]
+    known = positions >= 0
+    itself = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device)
     seen = (causal & known[:, None]) | itself
     return torch.where(seen, 0.0, -1e9)[:, None]

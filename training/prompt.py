@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from training.alphabet import SYMBOLS
 
 __all__ = [
+    "BETWEEN",
     "FIRST_SYMBOL_ID",
     "FIXED_TEXTS",
     "NUM_TOKENS",
@@ -72,3 +73,6 @@ PREFIX = _ids(
 )
 #: After the text. Its first id is the one that silence after the speech is aligned to.
 SUFFIX = _ids(("<|eot_id|>", *_header(_ASSISTANT), "<|audio_out_bos|>"))
+#: Between a reference's frames and the text to speak; before the frames stand PREFIX, what the clip
+#: says, and SUFFIX.
+BETWEEN = _ids(("<|audio_eos|>", "<|eot_id|>", *_header(_USER)))

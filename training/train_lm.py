@@ -39,6 +39,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of corpus.safetensors")
     parser.add_argument("--guide", type=float, default=1.0, help="weight of the taught attention")
     parser.add_argument("--damage", type=float, default=0.15, help="share of context replaced")
+    parser.add_argument(
+        "--references", type=float, default=0.5, help="share of batches that have clips"
+    )
     parser.add_argument("--validate-every", type=int, default=100)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument(
@@ -56,7 +59,12 @@ def main() -> None:
     labels = labels.to(device)
     run = Run(args, "lm", network, _optimizers(network, args.rate, dtype))
     corpus = Corpus.load(args.data / "corpus.safetensors")
-    batches = Batches(corpus, seed=args.seed + run.step, damage=args.damage)
+    batches = Batches(
+        corpus,
+        seed=args.seed + run.step,
+        damage=args.damage,
+        reference_share=args.references,
+    )
     for batch in run.steps(batches.training(args.batch)):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bfloat16):
             loss, figures = _loss(network, batch.to(device), labels, args.guide)
@@ -89,7 +97,7 @@ def _text_ids(labels: Tensor) -> Tensor:
 def _loss(
     network: Network, batch: Batch, labels: Tensor, guide_weight: float
 ) -> tuple[Tensor, dict[str, float]]:
-    hidden, taught = network(batch.text, batch.num_padding, batch.frames)
+    hidden, taught = network(batch.text, batch.num_padding, batch.frames, batch.positions)
     known = (batch.targets != IGNORED).any(-1)
     hidden, targets = hidden.flatten(0, 1), batch.targets.flatten(0, 1)
     logits = network.logits(hidden, 0, _NUM_SURE)
@@ -160,7 +168,7 @@ def validate(network: Network, corpus: Corpus, device: torch.device) -> dict[str
         indices = range(begin, min(begin + 24, count))
         for shuffled in (False, True):
             batch = batches.make(indices, damaged=False, shuffled=shuffled).to(device)
-            hidden, _ = network(batch.text, batch.num_padding, batch.frames)
+            hidden, _ = network(batch.text, batch.num_padding, batch.frames, batch.positions)
             known = (batch.targets != IGNORED).any(-1)
             found = _entropies(network.logits(hidden[known], 0, 2), batch.targets[known, :2])
             share = len(indices) / count

@@ -7,7 +7,7 @@ import torch
 from training.alphabet import SYMBOLS
 from training.batches import BOS, EOS, IGNORED, Batches, alignment, delay
 from training.corpus import Corpus, compress, expand, said_sentences
-from training.prompt import FIRST_SYMBOL_ID, PREFIX, SUFFIX
+from training.prompt import BETWEEN, FIRST_SYMBOL_ID, PREFIX, SUFFIX
 from vllm.model_executor.framing import DelayPattern
 
 NUM_VALIDATION = 2
@@ -86,6 +86,33 @@ def test_text_is_right_aligned_and_reading_points_into_it(corpus):
         read = batch.reading[row].sum(0).nonzero().flatten()
         assert int(read.min()) == padding + len(PREFIX) - 1
         assert int(read.max()) == width - len(SUFFIX)
+
+
+def test_positions_put_a_clip_between_its_text_and_the_other(corpus):
+    batch = Batches(corpus, seed=0, damage=0.0).make([2, 3], references=[4, 5], damaged=False)
+    num_text = batch.text.shape[1]
+    for row, (index, other) in enumerate([(2, 4), (3, 5)]):
+        clip = delay(corpus.codes_of(other))
+        said, spoken = (
+            (corpus.symbols_of(each).astype(np.int64) + FIRST_SYMBOL_ID).tolist()
+            for each in (other, index)
+        )
+        prompt = [*PREFIX, *said, *SUFFIX, *[None] * len(clip), *BETWEEN, *spoken, *SUFFIX]
+        begin = prompt.index(None)
+        found = dict(
+            zip(batch.positions[row].tolist(), range(len(batch.positions[row])), strict=True)
+        )
+        for place, token in enumerate(prompt):
+            if token is not None:
+                assert int(batch.text[row, found[place]]) == token
+        slots = [found[begin + frame] - num_text for frame in range(len(clip))]
+        np.testing.assert_array_equal(batch.frames[row, slots], clip)
+        assert (batch.targets[row, slots] == IGNORED).all()
+        first = found[len(prompt)] - num_text  # frame to speak, BOS
+        assert (batch.frames[row, first] == BOS).all()
+        assert int(batch.targets[row, first, 0]) == corpus.codes_of(index)[0, 0]
+        read = batch.reading[row].sum(0).nonzero().flatten()
+        assert int(read.max()) == num_text - len(SUFFIX)
 
 
 def test_targets_are_the_next_frame_without_what_the_engine_dictates(corpus):

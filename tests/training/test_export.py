@@ -4,12 +4,15 @@ import torch
 from safetensors.torch import load_file
 
 from training.alphabet import split
+from training.batches import delay
 from training.decoder import Decoder
+from training.encoder import Encoder
 from training.export import export_codec, export_lm, export_voices
-from training.import_weights import import_decoder, import_lm
+from training.import_weights import import_decoder, import_encoder, import_lm
 from training.lexicon import load_lexicon
 from training.network import Network, Sizes
-from training.prompt import NUM_TOKENS, PREFIX, SUFFIX, TOKEN_ID
+from training.prompt import BETWEEN, NUM_TOKENS, PREFIX, SUFFIX, TOKEN_ID
+from training.train_encoder import quantize
 from vllm.entrypoints.llm import LLM
 from vllm.model_executor.codecs import load_codec
 from vllm.prompts import SpeechPrompt
@@ -57,8 +60,27 @@ def test_the_exported_codec_decodes_as_the_trained_decoder(folder, decoder, code
 
 
 @torch.no_grad()
-def test_the_exported_model_generates_what_the_trained_network_does(folder, network):
-    llm = LLM(
+def test_the_exported_codec_encodes_as_the_trained_encoder(tmp_path, decoder, codebooks):
+    torch.manual_seed(5)
+    encoder = Encoder(64, torch.full((64,), 8.0)).eval()
+    export_codec(tmp_path / "codec", codebooks, decoder.state_dict(), encoder.state_dict())
+    samples = 0.1 * torch.randn(1, 24 * 960, generator=torch.Generator().manual_seed(6))
+    vectors = encoder(samples)[0]
+    assert vectors.std(0)[:64].min() > 0.01  # frames differ
+    codec = load_codec(tmp_path / "codec", device="cpu")
+    assert codec.can_encode
+    found = codec.encode(samples)[0].T
+    # Weights were rounded to 16 bits, so a code on the border may fall on its other side.
+    assert (found == quantize(vectors, codebooks))[:, 0].float().mean() > 0.7
+    assert codec.decode(found.T[None]).shape == samples.shape
+    import_encoder(tmp_path, tmp_path)
+    encoder.load_state_dict(load_file(tmp_path / "encoder.safetensors"))
+    assert (found == quantize(encoder(samples)[0], codebooks))[:, 0].float().mean() > 0.9
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    engine = LLM(
         folder / "lm",
         audio_tokenizer=folder / "codec",
         voices_dir=folder / "voices",
@@ -66,17 +88,45 @@ def test_the_exported_model_generates_what_the_trained_network_does(folder, netw
         max_model_len=256,
         max_num_seqs=1,
     )
-    params = SamplingParams(temperature=0, max_tokens=8, ras_window_length=0)
-    output = llm.generate(SpeechPrompt(text="This is a test"), params, use_tqdm=False)[0]
-    llm.shutdown()
-    made = np.asarray(output.delayed_codes)
+    yield engine
+    engine.shutdown()
+
+
+def symbol_ids(text):
     lexicon = load_lexicon()
-    symbols = split(" ".join(lexicon[word] for word in ("this", "is", "a", "test")) + ".")
-    text = torch.tensor([[*PREFIX, *(TOKEN_ID[each] for each in symbols), *SUFFIX]])
-    frames = torch.from_numpy(made.astype(np.int64))[None, :-1]
-    hidden, _ = network(text, torch.zeros(1, dtype=torch.long), frames)
-    logits = network.logits(hidden[0], 0, 8)[..., :1024]
-    free = torch.from_numpy(made[1:].astype(np.int64))
+    return [TOKEN_ID[each] for each in split(" ".join(map(lexicon.get, text.split())) + ".")]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_clip", [False, True])
+def test_the_exported_model_generates_what_the_trained_network_does(llm, network, with_clip):
+    params = SamplingParams(temperature=0, max_tokens=8, ras_window_length=0)
+    said, spoken = symbol_ids("hello"), symbol_ids("this is a test")
+    clip = np.random.default_rng(7).integers(0, 1024, (8, 5))
+    columns = delay(clip.T)
+    if with_clip:
+        slot = TOKEN_ID["<|AUDIO_OUT|>"]
+        head = [*PREFIX, *said, *SUFFIX]
+        prompt = SpeechPrompt(
+            prompt_token_ids=[*head, *[slot] * len(columns), *BETWEEN, *spoken, *SUFFIX],
+            prompt_codes=[clip],
+        )
+        ids = [*head, *BETWEEN, *spoken, *SUFFIX]
+    else:
+        prompt = SpeechPrompt(text="This is a test")
+        head, columns = list(PREFIX), columns[:0]
+        ids = [*PREFIX, *spoken, *SUFFIX]
+    output = llm.generate(prompt, params, use_tqdm=False)[0]
+    made = np.asarray(output.delayed_codes).astype(np.int64)
+    frames = torch.from_numpy(np.concatenate([columns, made[:-1]]))[None]
+    places = torch.arange(len(ids) + frames.shape[1])
+    after = len(ids) - len(head)
+    order = [places[: len(head)], places[len(head) + len(columns) :][:after]]
+    order += [places[len(head) :][: len(columns)], places[len(ids) + len(columns) :]]
+    none_padded = torch.zeros(1, dtype=torch.long)
+    hidden, _ = network(torch.tensor([ids]), none_padded, frames, torch.cat(order)[None])
+    logits = network.logits(hidden[0, len(columns) :], 0, 8)[..., :1024]
+    free = torch.from_numpy(made[1:])
     is_free = free < 1024  # neither BOS of the ramp nor the end
     assert is_free.sum() > 20
     assert torch.equal(logits.argmax(-1)[is_free], free[is_free])
