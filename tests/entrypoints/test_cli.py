@@ -16,6 +16,7 @@ import vllm
 from vllm.entrypoints.cli import main
 from vllm.exceptions import CheckpointError
 from vllm.outputs import FinishReason, SpeechOutput, SpeechStats
+from vllm.prompts import Voice
 
 RATE = 24_000
 
@@ -27,6 +28,11 @@ class FakeLLM:
         FakeLLM.made = self
         self.options = options
         self.is_open = True
+        self.voices = self
+
+    def resolve(self, name: str | None) -> Voice:
+        asked_for = name if name == "de_man" else ""
+        return Voice("en_woman", "English Woman", asked_for=asked_for)
 
     def generate(self, prompts: list[Any], params: Any) -> list[SpeechOutput]:
         self.prompt, self.params = prompts[0], params
@@ -103,6 +109,16 @@ def test_say_writes_a_wav(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "seed 5, ended by stop" in capsys.readouterr().out
 
 
+def test_say_tells_who_speaks_for_a_voice_that_cannot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for voice in ("en_woman", "de_man"):
+        assert main(["say", "Hello.", "-o", str(tmp_path / "a.wav"), "--voice", voice]) == 0
+    assert capsys.readouterr().err == (
+        "vllm say: the model does not speak de_man; en_woman speaks instead\n"
+    )
+
+
 @pytest.mark.parametrize("name", ["mp3", "opus", "aac", "flac"])
 def test_say_takes_the_format_from_the_extension(tmp_path: Path, name: str) -> None:
     out = tmp_path / f"out.{name}"
@@ -147,13 +163,29 @@ def test_an_upstream_flag_is_refused_here_too(capsys: pytest.CaptureFixture[str]
     assert "--cpu-offload-gb is not supported" in capsys.readouterr().err
 
 
+def voices_listed(lines: list[str]) -> dict[str, str]:
+    """Id -> the rest of its line."""
+    return dict(line[2:].split(maxsplit=1) for line in lines[:-1])
+
+
 def test_voices_lists_the_shipped_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["voices"]) == 0
+    assert main(["voices", "--model", "some/model"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    ids = {line[2:].split()[0] for line in lines[:-1]}
-    assert {"en_man", "en_woman", "de_man", "de_woman", "zh_man", "zh_woman"} <= ids
+    listed = voices_listed(lines)
+    assert {"en_man", "en_woman", "de_man", "de_woman", "zh_man", "zh_woman"} <= listed.keys()
+    assert all(" s clip " in rest for rest in listed.values())
     assert [line for line in lines if line.startswith("* en_woman")]
     assert "alloy = en_woman" in lines[-1]
+
+
+def test_voices_of_the_embedded_model_say_which_it_speaks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["voices"]) == 0
+    listed = voices_listed(capsys.readouterr().out.splitlines())
+    assert "not spoken" not in listed.pop("en_woman")
+    assert listed
+    assert all("not spoken" in rest for rest in listed.values())
 
 
 def test_voices_names_a_wrong_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

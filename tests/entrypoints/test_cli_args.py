@@ -132,8 +132,15 @@ def test_flags_that_are_not_supported_are_refused_with_advice(
 def test_switches_that_are_not_supported_are_refused_in_their_negated_form(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    flag = "--no-enable-chunked-prefill"
-    assert f"{flag} is not supported: it is always on" in refusal(capsys, flag)
+    flag = "--no-async-scheduling"
+    assert f"{flag} is not supported: steps are scheduled" in refusal(capsys, flag)
+
+
+def test_chunked_prefill_may_be_asked_for_and_not_switched_off(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert parse_serve_args(["--enable_chunked_prefill"]).ignored_flags
+    assert "it is always on" in refusal(capsys, "--no-enable-chunked-prefill")
 
 
 def test_flags_named_in_advice_exist() -> None:

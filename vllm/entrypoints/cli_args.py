@@ -54,6 +54,7 @@ IGNORED_FLAGS: dict[str, int] = {
     "--swap-space": 1,
     "--disable-log-requests": 0,
     "--enable-request-id-headers": 0,
+    "--enable-chunked-prefill": 0,
 }
 
 _NO_CHAT = "chat completions are speech in the form that the model knows; there is nothing to set"
@@ -96,7 +97,7 @@ REFUSED_FLAGS: dict[str, str] = {
     "--disable-custom-all-reduce": _NO_PARALLEL,
     "--num-scheduler-steps": "steps are scheduled one by one",
     "--scheduling-policy": "requests are served first come, first served",
-    "--enable-chunked-prefill": "it is always on; bound it with --max-num-batched-tokens",
+    "--no-enable-chunked-prefill": "it is always on; bound it with --max-num-batched-tokens",
     "--max-num-partial-prefills": "--prefill-min-requests and --max-num-batched-tokens",
     "--max-long-partial-prefills": "--max-num-batched-tokens",
     "--long-prefill-token-threshold": "--max-num-batched-tokens",

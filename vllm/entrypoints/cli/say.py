@@ -17,7 +17,7 @@ from vllm.entrypoints.bosonai.voices import VoiceLibrary
 from vllm.entrypoints.cli_args import add_engine_flags, normalize_flags, parse_engine_config
 from vllm.exceptions import ConfigError, UnknownVoiceError
 from vllm.logger import configure_logging
-from vllm.prompts import SpeechPrompt
+from vllm.prompts import SpeechPrompt, Voice
 from vllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def run(argv: Sequence[str]) -> int:
 
     llm = LLM(voices_dir=arguments.voice_presets_dir, **_engine_options(config))
     try:
+        _tell_fallback(llm.voices.resolve(arguments.voice))
         output = llm.generate([prompt], params)[0]
     finally:
         llm.shutdown()
@@ -127,6 +128,15 @@ def _check_voice(name: str | None, folder: Path | None, config: EngineConfig) ->
         VoiceLibrary.without_engine(folder).resolve(name)
     except UnknownVoiceError as error:
         raise ConfigError(f"--voice {name}: {error}") from error
+
+
+def _tell_fallback(voice: Voice) -> None:
+    """Say who speaks where the voice that was asked for cannot."""
+    if voice.asked_for:
+        print(
+            f"vllm say: the model does not speak {voice.asked_for}; {voice.voice_id} speaks instead",
+            file=sys.stderr,
+        )
 
 
 def _write(output: SpeechOutput, path: Path, speed: float) -> float:

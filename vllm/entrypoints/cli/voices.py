@@ -1,4 +1,4 @@
-"""``vllm voices``: the voices of a presets folder, without an engine."""
+"""``vllm voices``: the voices of a model or of a presets folder, without an engine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm.checkpoints.embedded import embedded_checkpoint
 from vllm.entrypoints.bosonai.voices import OPENAI_VOICE_ALIASES, VoiceLibrary
 from vllm.entrypoints.cli_args import normalize_flags
 
@@ -17,13 +18,20 @@ def run(argv: Sequence[str]) -> int:
     """Print one line per voice, then the aliases."""
     parser = argparse.ArgumentParser(prog="vllm voices", allow_abbrev=False)
     parser.add_argument(
+        "--model", help="Hub id or folder; none is the embedded model, which has its own voices"
+    )
+    parser.add_argument(
         "--voice-presets-dir",
         type=Path,
         metavar="DIR",
-        help="folder with config.json and clips; default: the shipped voices",
+        help="folder with config.json and clips; default: the voices of the model",
     )
     arguments = parser.parse_args(normalize_flags(argv))
-    library = VoiceLibrary.without_engine(arguments.voice_presets_dir)
+    folder = arguments.voice_presets_dir
+    own = embedded_checkpoint() / "voices"
+    if folder is None and arguments.model is None and own.is_dir():
+        folder = own
+    library = VoiceLibrary.without_engine(folder)
     entries = library.list()
     for entry in entries:
         print(_line(entry))
@@ -38,5 +46,13 @@ def run(argv: Sequence[str]) -> int:
 
 def _line(entry: dict[str, Any]) -> str:
     mark = "*" if entry["default"] else " "
-    clip = f"{entry['duration']:5.1f} s" if entry["duration"] else "no clip"
-    return f"{mark} {entry['id']:<16} {entry['language']:<3} {clip:<8} {entry['description']}"
+    return (
+        f"{mark} {entry['id']:<16} {entry['language']:<3} {_sound_of(entry):<12} "
+        f"{entry['description']}"
+    )
+
+
+def _sound_of(entry: dict[str, Any]) -> str:
+    if not entry["speaks"]:
+        return "not spoken"
+    return f"{entry['duration']:.1f} s clip" if entry["duration"] else "no clip"
