@@ -5,7 +5,7 @@ Knows tables, not how anything is measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -159,10 +159,6 @@ class Ledger:
             "notes": self.notes,
             "failures": self.failures,
         }
-
-    def with_bounds(self, section: str) -> Iterator[Figure]:
-        """Figures of a section that have a bound, for the plot."""
-        return (figure for figure in self.of(section) if figure.bound)
 
     def _word(self, target: Target) -> str:
         figure = self.find(target.figure)
