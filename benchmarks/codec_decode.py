@@ -6,7 +6,7 @@ The peer is transformers' own model class on the same files.
     python -m benchmarks.codec_decode
     python -m benchmarks.codec_decode --sizes full --num-frames 250 --json out.json
     python -m benchmarks.codec_decode --num-threads 1 --clock thread
-    python -m benchmarks.codec_decode --rounding --sizes full --num-frames 50
+    python -m benchmarks.codec_decode --rounding --sizes full embedded --num-frames 50
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks._report import format_table, write_json
 from benchmarks._timing import CLOCKS, interleave, ratio
+from vllm.checkpoints.embedded import embedded_checkpoint
 from vllm.checkpoints.make_codec import CODEC_SIZES, make_codec
 from vllm.kernels import native
 from vllm.model_executor.codecs import Codec, load_codec
@@ -102,31 +103,43 @@ def to_int8(x: Tensor, dim: tuple[int, ...]) -> Tensor:
     return (x / scale).round_() * scale
 
 
+Rounding = Callable[[Tensor], Tensor]
+
+
 def measure_rounding(size: str, *, num_frames: int) -> dict[str, float]:
     """Signal-to-noise ratio, dB, of samples when products take rounded numbers, by torch.
 
     Sums, biases, Snakes and residuals stay float32. int8 weights have a scale per output, inputs
-    one per position.
+    one per position. TF32 drops the lowest 13 bits of what it reads, and rounded has float16's.
+
+    Args:
+        size: of a random codec, or embedded for that of the embedded model.
+        num_frames: of random codes.
     """
-    with tempfile.TemporaryDirectory() as name:
-        make_codec(Path(name), layout="transformers", size=size, seed=0)
-        codec = load_codec(Path(name), device="cpu")
+    codec = _load_for_rounding(size)
     shape = (1, codec.num_codebooks, num_frames)
     codes = torch.randint(codec.codebook_size, shape, generator=torch.Generator().manual_seed(0))
     decoder: torch.nn.Module = codec.acoustic_decoder  # type: ignore[attr-defined]
-    convs = [
-        m for m in decoder.modules() if isinstance(m, torch.nn.Conv1d | torch.nn.ConvTranspose1d)
-    ]
-    plain = [conv.weight.detach().clone() for conv in convs]
+    convs = {
+        name: module
+        for name, module in decoder.named_modules()
+        if isinstance(module, torch.nn.Conv1d | torch.nn.ConvTranspose1d)
+    }
+    plain = {name: conv.weight.detach().clone() for name, conv in convs.items()}
 
-    def weights_in_int8(conv: torch.nn.Module, weight: Tensor) -> Tensor:
-        is_transposed = isinstance(conv, torch.nn.ConvTranspose1d)
-        return to_int8(weight, (0, 2) if is_transposed else (1, 2))
-
-    def decode(round_weight: Callable[..., Tensor], round_input: Callable[..., Tensor]) -> Tensor:
+    def decode(
+        round_weight: Rounding, round_input: Rounding, exact_layers: Sequence[str] = ()
+    ) -> Tensor:
         handles = []
-        for conv, weight in zip(convs, plain, strict=True):
-            conv.weight.data = round_weight(conv, weight)
+        for name, conv in convs.items():
+            if name in exact_layers:
+                conv.weight.data = plain[name]
+                continue
+            is_transposed = isinstance(conv, torch.nn.ConvTranspose1d)
+            # Rounding by output sees the outputs first.
+            weight = plain[name].transpose(0, 1) if is_transposed else plain[name]
+            rounded = round_weight(weight)
+            conv.weight.data = (rounded.transpose(0, 1) if is_transposed else rounded).contiguous()
             hook = lambda _, inputs: (round_input(inputs[0]), *inputs[1:])  # noqa: E731
             handles.append(conv.register_forward_pre_hook(hook))
         samples = by_torch(codec.decode, codes)
@@ -134,22 +147,57 @@ def measure_rounding(size: str, *, num_frames: int) -> dict[str, float]:
             handle.remove()
         return samples
 
-    def to_bf16(x: Tensor) -> Tensor:
-        return x.bfloat16().float()
+    def noise(*variant: Any) -> float:
+        error = (decode(*variant) - exact).square().mean()
+        return 10 * torch.log10(exact.square().mean() / error).item()
 
-    variants: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-        "bfloat16 weights": (lambda _, w: to_bf16(w), lambda x: x),
-        "bfloat16": (lambda _, w: to_bf16(w), to_bf16),
-        "int8 weights": (weights_in_int8, lambda x: x),
-        "int8": (weights_in_int8, lambda x: to_int8(x, (1,))),
+    ends = ("conv1", "conv2")
+    variants: dict[str, tuple[Any, ...]] = {
+        "bfloat16 weights": (to_bf16, unchanged),
+        "bfloat16": (to_bf16, to_bf16),
+        "float16 weights": (to_fp16, unchanged),
+        "float16": (to_fp16, to_fp16),
+        "float16, ends exact": (to_fp16, to_fp16, ends),
+        "TF32": (to_tf32, to_tf32),
+        "TF32, ends exact": (to_tf32, to_tf32, ends),
+        "bfloat16 pairs": (to_bf16_pair, to_bf16_pair),
+        "int8 weights": (lambda w: to_int8(w, (1, 2)), unchanged),
+        "int8": (lambda w: to_int8(w, (1, 2)), lambda x: to_int8(x, (1,))),
     }
     with torch.inference_mode():
-        exact = decode(lambda _, w: w, lambda x: x)
-        power = exact.square().mean()
-        return {
-            name: 10 * torch.log10(power / (decode(*each) - exact).square().mean()).item()
-            for name, each in variants.items()
-        }
+        exact = decode(unchanged, unchanged)
+        return {name: noise(*variant) for name, variant in variants.items()}
+
+
+def _load_for_rounding(size: str) -> Codec:
+    if size == "embedded":
+        return load_codec(embedded_checkpoint() / "codec", device="cpu")
+    with tempfile.TemporaryDirectory() as name:
+        make_codec(Path(name), layout="transformers", size=size, seed=0)
+        return load_codec(Path(name), device="cpu")
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def to_bf16(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
+
+
+def to_bf16_pair(x: Tensor) -> Tensor:
+    """What two bfloat16 numbers hold of ``x``: the product of pairs is three of bfloat16."""
+    high = to_bf16(x)
+    return high + to_bf16(x - high)
+
+
+def to_fp16(x: Tensor) -> Tensor:
+    return x.half().float()
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """``x`` as tensor cores read float32: the lowest 13 bits are not looked at."""
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 def load_reference(folder: Path) -> Any:
@@ -224,7 +272,9 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--sizes", nargs="+", choices=tuple(CODEC_SIZES), default=["full", "tiny"])
+    parser.add_argument(
+        "--sizes", nargs="+", choices=(*CODEC_SIZES, "embedded"), default=["full", "tiny"]
+    )
     parser.add_argument("--num-frames", type=int, default=125, help="25 make a second")
     parser.add_argument("--num-rounds", type=int, default=5)
     parser.add_argument("--num-threads", type=int, help="default: torch's choice")
@@ -242,6 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)
+    if "embedded" in arguments.sizes and not arguments.rounding:
+        parser.error("--sizes embedded: only with --rounding, since the peer does not load it")
     if arguments.rounding:
         for size in arguments.sizes:
             ratios = measure_rounding(size, num_frames=arguments.num_frames)

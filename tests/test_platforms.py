@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from vllm.exceptions import ConfigError
-from vllm.platforms import Platform, activation_dtype, num_cores, resolve_kv_dtype
+from vllm.platforms import (
+    Platform,
+    activation_dtype,
+    num_cores,
+    resolve_kv_dtype,
+    use_float32_convolutions,
+)
 
 needs_affinity = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux only")
 
@@ -80,3 +86,9 @@ def test_activations_beside_bfloat16_are_wide_on_a_cpu_only() -> None:
     assert activation_dtype(torch.bfloat16, torch.device("cpu")) == torch.float32
     assert activation_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
     assert activation_dtype(torch.float16, torch.device("cpu")) == torch.float16
+
+
+def test_convolutions_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    use_float32_convolutions()
+    assert not torch.backends.cudnn.allow_tf32

@@ -25,6 +25,7 @@ __all__ = [
     "resolve_dtype",
     "resolve_kv_dtype",
     "select_platform",
+    "use_float32_convolutions",
 ]
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
@@ -120,6 +121,14 @@ def resolve_dtype(name: str, platform: Platform) -> torch.dtype:
     if name == "bfloat16" and platform.is_cuda and not torch.cuda.is_bf16_supported():
         raise ConfigError("--dtype bfloat16: this card has none; use float16")
     return _DTYPES[name]
+
+
+def use_float32_convolutions() -> None:
+    """Keep cuDNN from rounding float32 inputs to TF32, as it does unless it is told otherwise.
+
+    What TF32 leaves of a codec's samples is 38 to 47 dB, ``benchmarks.codec_decode --rounding``.
+    """
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def copy_to_device(values: NDArray[Any], device: torch.device) -> Tensor:

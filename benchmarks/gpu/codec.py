@@ -1,8 +1,13 @@
-"""Section ``codec``: windows of frames to samples, in each type, beside what the layers cost."""
+"""Section ``codec``: windows of frames to samples, in each type, beside what the layers cost.
+
+float32 is as the engine decodes; TF32 is what cuDNN would make of it if it were let.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,16 +25,29 @@ _WANTED_SNR_DB = 60.0
 
 
 def run(suite: Suite) -> None:
-    """Seconds of windows of the ramp by batch; exact streaming; how far half precision is off."""
+    """Seconds of windows of the ramp by batch; how far fewer bits than float32's are off."""
     exact = load_codec(suite.folder / "codec", device=suite.device)
     codecs = {"fp32": exact}
     if suite.is_cuda:
+        codecs["tf32"] = exact
         codecs["fp16"] = load_codec(suite.folder / "codec", device=suite.device).half()
-        _signal_to_noise(suite, exact, codecs["fp16"])
+        _signal_to_noise(suite, codecs)
     ramp = (DEFAULT_RAMP[0], DEFAULT_RAMP[-1])
     cases = itertools.product(codecs, suite.scale.codec_batches, ramp)
     for name, batch, num_new in suite.in_time(cases):
-        _window(suite, name, codecs[name], batch, num_new)
+        with _convolutions(name):
+            _window(suite, name, codecs[name], batch, num_new)
+
+
+@contextmanager
+def _convolutions(name: str) -> Iterator[None]:
+    """Let cuDNN round float32 to TF32 where that is what is measured."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _window(suite: Suite, name: str, codec: Codec, batch: int, num_new: int) -> None:
@@ -66,14 +84,18 @@ def operations_per_audio_s(suite: Suite) -> float:
     return float(suite.extras["codec_operations"])
 
 
-def _signal_to_noise(suite: Suite, exact: Codec, half: Codec) -> None:
+def _signal_to_noise(suite: Suite, codecs: dict[str, Codec]) -> None:
     codes = _codes(suite, 1, 100)
-    with torch.inference_mode():
-        signal = exact.decode(codes).float()
-        error = half.decode(codes).float() - signal
-    snr = 10 * torch.log10(signal.square().mean() / error.square().mean()).item()
-    name = "codec fp16 against fp32"
-    suite.add(name, snr, "dB", note=f"fit for use from {_WANTED_SNR_DB:g} on")
+    samples = {}
+    for name, codec in codecs.items():
+        with torch.inference_mode(), _convolutions(name):
+            samples[name] = codec.decode(codes).float()
+    signal = samples.pop("fp32")
+    for name, rounded in samples.items():
+        error = (rounded - signal).square().mean()
+        snr = 10 * torch.log10(signal.square().mean() / error).item()
+        note = f"fit for use from {_WANTED_SNR_DB:g} on"
+        suite.add(f"codec {name} against fp32", snr, "dB", note=note)
 
 
 def _codes(suite: Suite, batch: int, num_frames: int) -> torch.Tensor:

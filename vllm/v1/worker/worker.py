@@ -20,7 +20,12 @@ from vllm.kernels.linear import find_row_quantum
 from vllm.logger import get_logger
 from vllm.model_executor.codecs import ClipCache, Codec, load_codec
 from vllm.model_executor.models import SpeechModel, load_model
-from vllm.platforms import num_cores, resolve_kv_dtype, select_platform
+from vllm.platforms import (
+    num_cores,
+    resolve_kv_dtype,
+    select_platform,
+    use_float32_convolutions,
+)
 from vllm.v1.core.sched_output import SchedulerOutput
 from vllm.v1.outputs import CodecStats, ModelRunnerOutput
 from vllm.v1.worker.codec_runner import MAX_CUDA_BATCH, CodecRunner
@@ -96,6 +101,7 @@ class Worker:
             config.cache.kv_cache_dtype, self._model.spec.dtype, self._platform
         )
         num_threads = self._use_threads()
+        use_float32_convolutions()
         codec = load_codec(codec_folder, device=device)
         _check_fit(self._model, codec)
         self._prepare_invariance()
