@@ -12,6 +12,7 @@ from vllm.exceptions import ConfigError
 from vllm.platforms import (
     Platform,
     activation_dtype,
+    is_lost,
     num_cores,
     resolve_kv_dtype,
     use_float32_convolutions,
@@ -92,3 +93,16 @@ def test_convolutions_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     use_float32_convolutions()
     assert not torch.backends.cudnn.allow_tf32
+
+
+def test_a_device_is_lost_when_waiting_for_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert not is_lost(card)
+
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    assert is_lost(card)
+    assert not is_lost(torch.device("cpu"))

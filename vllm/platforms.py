@@ -21,6 +21,7 @@ __all__ = [
     "Platform",
     "activation_dtype",
     "copy_to_device",
+    "is_lost",
     "num_cores",
     "resolve_dtype",
     "resolve_kv_dtype",
@@ -141,6 +142,17 @@ def copy_to_device(values: NDArray[Any], device: torch.device) -> Tensor:
         return host.to(device)
     # Memory from torch's pinned pool is given away again only when the copy is done.
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether a device takes no work any more, as after an illegal access; waits for its work."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def activation_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:

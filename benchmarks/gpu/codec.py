@@ -6,7 +6,7 @@ float32 is as the engine decodes; TF32 is what cuDNN would make of it if it were
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -32,6 +32,7 @@ def run(suite: Suite) -> None:
         codecs["tf32"] = exact
         codecs["fp16"] = load_codec(suite.folder / "codec", device=suite.device).half()
         _signal_to_noise(suite, codecs)
+        _windows_against_whole(suite, codecs)
     ramp = (DEFAULT_RAMP[0], DEFAULT_RAMP[-1])
     cases = itertools.product(codecs, suite.scale.codec_batches, ramp)
     for name, batch, num_new in suite.in_time(cases):
@@ -96,6 +97,21 @@ def _signal_to_noise(suite: Suite, codecs: dict[str, Codec]) -> None:
         snr = 10 * torch.log10(signal.square().mean() / error).item()
         note = f"fit for use from {_WANTED_SNR_DB:g} on"
         suite.add(f"codec {name} against fp32", snr, "dB", note=note)
+
+
+def _windows_against_whole(suite: Suite, codecs: Mapping[str, Codec]) -> None:
+    """How far samples of a window in a batch are from those of one decode, in each type."""
+    num_new, context = DEFAULT_RAMP[-1], codecs["fp32"].context_frames
+    codes = _codes(suite, 1, num_new + 4 * context)
+    first, last = context, num_new + 3 * context
+    for name, codec in codecs.items():
+        hop = codec.hop_length
+        with torch.inference_mode(), _convolutions(name):
+            whole = codec.decode(codes)[0, 2 * context * hop :][: num_new * hop]
+            batch = codes[..., first:last].expand(8, -1, -1).contiguous()
+            part = codec.decode(batch)[3, context * hop :][: num_new * hop]
+        difference = (part.float() - whole.float()).abs().max().item()
+        suite.add(f"codec {name}, window against one decode", difference, "", note="largest")
 
 
 def _codes(suite: Suite, batch: int, num_frames: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from vllm.model_executor.codecs import load_codec
 from vllm.model_executor.codecs.streaming import DEFAULT_RAMP
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.messages import EngineCoreRequest
+from vllm.v1.worker import worker as worker_module
 
 __all__ = ["run"]
 
@@ -40,6 +42,7 @@ def run(suite: Suite) -> None:
         for lengths in suite.in_time([scale.long]):
             _throughput(suite, core, middle, lengths)
     if suite.is_cuda:
+        _with_rounded_convolutions(suite, middle)
         _small_card(suite, "", {}, scale.dtype.itemsize)
         _small_card(suite, " fp8", FP8_OPTIONS, 1)
 
@@ -74,9 +77,11 @@ def _maker(
     return make
 
 
-def _throughput(suite: Suite, core: EngineCore, streams: int, lengths: tuple[int, int]) -> None:
+def _throughput(
+    suite: Suite, core: EngineCore, streams: int, lengths: tuple[int, int], suffix: str = ""
+) -> None:
     """Voices that the cache does not know, so that every prompt is computed."""
-    name = f"{_streams(streams)}, {lengths[0]} positions + {lengths[1]} frames"
+    name = f"{_streams(streams)}, {lengths[0]} positions + {lengths[1]} frames{suffix}"
     traffic = _drive(suite, core, name, streams, lengths, voice=None)
     bound = _audio_bound(suite, core, streams, lengths)
     suite.add(
@@ -86,6 +91,23 @@ def _throughput(suite: Suite, core: EngineCore, streams: int, lengths: tuple[int
         bound=bound,
         note=f"{len(traffic.replies) / traffic.seconds:.1f} requests/s",
     )
+
+
+def _with_rounded_convolutions(suite: Suite, streams: int) -> None:
+    """What it costs that cuDNN may not round: the same traffic with convolutions in TF32."""
+    if suite.is_over:
+        suite.note("no time left for convolutions in TF32")
+        return
+
+    def use_tf32() -> None:
+        torch.backends.cudnn.allow_tf32 = True
+
+    with (
+        mock.patch.object(worker_module, "use_float32_convolutions", use_tf32),
+        open_core(suite, decodes_audio=True, max_num_seqs=streams) as core,
+    ):
+        _throughput(suite, core, streams, suite.scale.short, suffix=", codec in TF32")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _cached_voice(suite: Suite, core: EngineCore, streams: int) -> None:

@@ -181,15 +181,13 @@ class DeviceSampler:
     def start_rows(self, rows: NDArray[np.int64], sampling: SamplingMemory) -> None:
         """Take over the settings of ``rows`` and let them run, from their streams' state on."""
         device = self._settings.device
-        words = torch.from_numpy(_settings_of(sampling, rows)).to(device, non_blocking=True)
-        index = torch.from_numpy(rows).to(device, non_blocking=True)
+        words, index = _upload(_settings_of(sampling, rows), device), _upload(rows, device)
         self._settings.index_copy_(0, index, words)
         self._arrivals.index_fill_(0, index, 0)
 
     def stop_rows(self, rows: NDArray[np.int64]) -> None:
         """Make ``rows`` idle."""
-        index = torch.from_numpy(rows).to(self._settings.device, non_blocking=True)
-        self._arrivals.index_fill_(0, index, -1)
+        self._arrivals.index_fill_(0, _upload(rows, self._settings.device), -1)
 
     def __call__(self, logits: Tensor, rows: Tensor, results: Tensor) -> None:
         """Draw one frame for each row that runs, and append it to the row's stream.
@@ -210,6 +208,12 @@ class DeviceSampler:
             *(self._arrivals, self._positions, results),
             pdl=self._pdl,
         )
+
+
+def _upload(values: NDArray[np.int32] | NDArray[np.int64], device: torch.device) -> Tensor:
+    """From pinned memory: a copy from any other may wait for what runs on the device."""
+    host = torch.from_numpy(values)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def _settings_of(sampling: SamplingMemory, rows: NDArray[np.int64]) -> NDArray[np.int32]:

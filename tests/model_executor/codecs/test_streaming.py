@@ -64,16 +64,39 @@ def test_windows_cover_every_frame_once_with_full_context(total, ramp, context):
         assert window.num_emitted > 0
 
 
+@pytest.mark.parametrize("widens_last", [False, True])
 @pytest.mark.parametrize("ramp", RAMPS)
 @torch.inference_mode()
-def test_streamed_equals_one_shot(codec, ramp):
+def test_streamed_equals_one_shot(codec, ramp, widens_last):
     codes = torch.randint(0, 1024, (1, 8, 87), generator=torch.Generator().manual_seed(2))
     pieces = []
-    for window in windows_of(WindowPlan(codec.context_frames, ramp), 87, [87]):
+    plan = WindowPlan(codec.context_frames, ramp, widens_last)
+    for window in windows_of(plan, 87, [87]):
         samples = codec.decode(codes[..., window.start : window.stop])
         first = (window.emit_start - window.start) * 960
         pieces.append(samples[:, first : first + window.num_emitted * 960])
     torch.testing.assert_close(torch.cat(pieces, 1), codec.decode(codes), rtol=0, atol=1e-5)
+
+
+@given(
+    pushes=st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    ramp=st.sampled_from(RAMPS),
+    context=st.sampled_from([0, 3, 10]),
+)
+def test_widened_windows_emit_the_same_with_more_before_it(pushes, ramp, context):
+    plain, total = WindowPlan(context, ramp), sum(pushes)
+    wide = WindowPlan(context, ramp, widens_last=True)
+    found = windows_of(wide, total, pushes)
+    for window, other in zip(found, windows_of(plain, total, [total]), strict=True):
+        assert (window.emit_start, window.emit_stop) == (other.emit_start, other.emit_stop)
+        assert window.stop == other.stop
+        assert 0 <= window.start <= other.start
+        # What is given up behind the frames that are out is not asked for again.
+        assert window.start >= window.emit_start - wide.num_kept
+        if total >= max(wide.window_lengths):
+            assert window.num_frames in wide.window_lengths
+        else:
+            assert window.num_frames in (*wide.window_lengths, other.num_frames)
 
 
 @settings(max_examples=5)

@@ -10,11 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.invariance import check_invariance, make_requests
+from vllm.exceptions import EngineDeadError
 from vllm.outputs import FinishReason
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.messages import EngineCoreRequest
 from vllm.v1.sample.ops import topk_topp
-from vllm.v1.worker import worker
+from vllm.v1.worker import gpu_model_runner, worker
 
 Build = Callable[..., EngineCoreRequest]
 
@@ -99,6 +100,25 @@ def test_a_failing_launch_ends_its_requests_only(
     assert [failed.reasons(name) for name in "ab"] == [[FinishReason.ERROR]] * 2
     good = run(core, build_request("a", frames=30))
     assert good.reasons("a") == [FinishReason.LENGTH]
+
+
+@pytest.mark.usefixtures("device_steps")
+def test_a_lost_device_ends_the_engine(
+    make_core: Callable[..., EngineCore],
+    build_request: Build,
+    run: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = make_core()
+
+    def fail(rows: Any) -> Any:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(core._executor._worker._runner._decoder, "launch", fail)  # type: ignore[attr-defined]
+    monkeypatch.setattr(gpu_model_runner, "is_lost", lambda device: True)
+    with pytest.raises(EngineDeadError, match="the device is lost: an illegal memory access"):
+        run(core, build_request("a"))
+    core.abort_requests(("a",))
 
 
 class Operations(TorchDispatchMode):

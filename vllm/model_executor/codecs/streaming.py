@@ -6,6 +6,7 @@ Pure arithmetic on frame counts; knows neither codes nor samples nor time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 __all__ = ["DEFAULT_RAMP", "Window", "WindowPlan"]
 
@@ -44,10 +45,17 @@ class WindowPlan:
     frames arrived: chunk i has fixed boundaries, its window reaches ``context`` frames further or
     to the last frame of the stream, whichever comes first. A chunk is due once all of its window
     exists, so early and late callers decode the same shapes and get the same bits.
+
+    Attributes:
+        context: frames on either side that a chunk's samples depend on.
+        ramp: frames of the first, second, ... chunk; the last repeats.
+        widens_last: windows that the end of a stream cuts short begin earlier instead, so that they
+            have a length that others have. More context changes no sample.
     """
 
     context: int
     ramp: tuple[int, ...] = DEFAULT_RAMP
+    widens_last: bool = False
 
     def __post_init__(self) -> None:
         if not self.ramp or min(self.ramp) < 1:
@@ -68,14 +76,17 @@ class WindowPlan:
         boundary = self._boundary_after(emitted)
         if not final and available < boundary + self.context:
             return None
+        start, stop = max(0, emitted - self.context), min(boundary + self.context, available)
+        if self.widens_last and stop < boundary + self.context:
+            start = self._widened(start, stop)
         return Window(
-            start=max(0, emitted - self.context),
-            stop=min(boundary + self.context, available),
+            start=start,
+            stop=stop,
             emit_start=emitted,
             emit_stop=min(boundary, available),
         )
 
-    @property
+    @cached_property
     def window_lengths(self) -> tuple[int, ...]:
         """Frames of the windows that every long stream has, rising; its last may be others."""
         lengths, emitted = set(), 0
@@ -86,9 +97,19 @@ class WindowPlan:
             emitted = window.emit_stop
         return tuple(sorted(lengths))
 
+    @property
+    def num_kept(self) -> int:
+        """Frames before those that are out already that a later window may begin with."""
+        return max(self.context, *self.window_lengths) if self.widens_last else self.context
+
     def next_due(self, available: int) -> int:
         """Frame count above ``available`` at which the next window becomes due."""
         return self._boundary_after(max(available - self.context, 0)) + self.context
+
+    def _widened(self, start: int, stop: int) -> int:
+        """The latest start up to ``start`` that gives a usual length; else ``start`` itself."""
+        starts = (stop - length for length in self.window_lengths)
+        return next((each for each in starts if 0 <= each <= start), start)
 
     def _boundary_after(self, emitted: int) -> int:
         boundary = 0

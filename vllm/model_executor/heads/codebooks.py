@@ -23,11 +23,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllm.kernels.sampler import StreamMemory
 from vllm.model_executor.framing import DelayPattern
+from vllm.platforms import copy_to_device
 from vllm.sampling_params import MAX_RAS_WINDOW, EosRule
 
 __all__ = ["CodebookState", "FrameStatus", "NextFrame", "RowSnapshot"]
@@ -98,7 +100,7 @@ class CodebookState:
         self._history = torch.full(
             (max_num_rows, MAX_RAS_WINDOW, num_codebooks), -1, dtype=torch.int16, device=device
         )  # [max_num_rows, MAX_RAS_WINDOW, num_codebooks], ring; -1 where BOS, EOS or nothing
-        self._starts = {rule: torch.tensor(start, device=device) for rule, start in _STARTS.items()}
+        self._starts = dict(_STARTS)
         self._codebook = torch.arange(num_codebooks, device=device)
         self._age = torch.arange(MAX_RAS_WINDOW, device=device)
 
@@ -128,9 +130,11 @@ class CodebookState:
             eos_rule: see ``SamplingParams``.
             frame_limit: delayed frames, BOS frame included, at which the row is cut.
         """
-        self._counters[row] = self._starts[eos_rule]
+        start = np.array(self._starts[eos_rule], np.int64)
         if frame_limit is not None:
-            self._counters[row, _FRAME_LIMIT] = frame_limit
+            start[_FRAME_LIMIT] = frame_limit
+        # NOTE: a number that is assigned to one element of a device's tensor waits for the device.
+        self._counters[row] = copy_to_device(start, self._counters.device)
         self._history[row] = -1
 
     def save_row(self, row: int) -> RowSnapshot:

@@ -84,7 +84,9 @@ class CodecRunner:
         self._decoder = WindowDecoder(codec, self._device)
         self._encoder = _ClipEncoder(codec, self._device, clip_cache or ClipCache())
         self._codec = codec
-        self._plan = WindowPlan(codec.context_frames, ramp)
+        # With recorded windows the last ones of a stream should be such too: launched one operation
+        # after the other, shapes that hardly occur twice would cost more than all others together.
+        self._plan = WindowPlan(codec.context_frames, ramp, widens_last=graphs is not None)
         if graphs is not None:
             self._decoder.record(graphs, self._plan.window_lengths, max_batch=MAX_CUDA_BATCH)
         self._max_batch = MAX_CUDA_BATCH if self._device.type == "cuda" else 1
@@ -259,7 +261,7 @@ class CodecRunner:
         if self._streams.get(stream.request_id) is not stream:
             return
         stream.is_busy = False
-        stream.advance(window.emit_stop, context=self._plan.context)
+        stream.advance(window.emit_stop, num_kept=self._plan.num_kept)
         hop = self._codec.hop_length
         cut_frame = stream.find_cut(samples.reshape(-1, hop), first_frame=window.emit_start)
         if cut_frame is not None:
@@ -417,11 +419,11 @@ class _Stream:
         assert self._frames is not None
         return self._frames[:, window.start - self._first : window.stop - self._first].copy()
 
-    def advance(self, emitted: int, *, context: int) -> None:
+    def advance(self, emitted: int, *, num_kept: int) -> None:
         """Note what is out, and let go of frames that no later window reaches."""
         assert self._frames is not None
         self.emitted = emitted
-        first = max(0, emitted - context)
+        first = max(0, emitted - num_kept)
         self._frames = self._frames[:, first - self._first :]
         self._first = first
 

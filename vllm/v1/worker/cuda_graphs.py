@@ -103,11 +103,15 @@ class CudaGraphs:
     They may share it because none runs beside another and nothing in the pool is read after its
     own graph. Recording must come after everything that is built on first use, hence ``warm_up``,
     and before other threads use the device.
+
+    They are recorded on a stream of their own, because torch keeps cuBLAS's workspace by the stream:
+    graphs that run beside these, those of the codec, would otherwise be given the same.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def warm_up(self, run: Callable[[], None]) -> None:
         run()
@@ -115,7 +119,9 @@ class CudaGraphs:
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             run()
         replay: Callable[[], None] = graph.replay
         return replay

@@ -17,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm.exceptions import EngineDeadError
 from vllm.kernels.attention import reads_unwritten
 from vllm.kernels.cache import clear_blocks
 from vllm.logger import get_logger
 from vllm.model_executor.framing import DelayFraming
 from vllm.model_executor.models.interface import SpeechModel
-from vllm.platforms import copy_to_device
+from vllm.platforms import copy_to_device, is_lost
 from vllm.v1.core.sched_output import NewRequestData, SchedulerOutput, StepKind
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.block_table import BlockTable
@@ -164,6 +165,9 @@ class GPUModelRunner:
 
         Returns:
             Frames of the step, or of an earlier one, and whatever the codec has ready.
+
+        Raises:
+            EngineDeadError: the device takes no work any more.
         """
         made: list[_Frames] = []
         errors: dict[str, str] = {}
@@ -178,6 +182,9 @@ class GPUModelRunner:
             is_decode = plan.step_kind is StepKind.DECODE
             made += self._take_frames(self._decoder.depth - 1 if is_decode else 0)
         except Exception as error:
+            if is_lost(self._device):
+                # Every later step would fail too, and whoever started this process can do better.
+                raise EngineDeadError(f"the device is lost: {error}") from error
             # One step, one tensor program: all of its requests share the failure, no other does.
             logger.exception("a %s step failed", plan.step_kind)
             launched = [each for batch, _ in self._in_flight for each in batch.request_ids]
