@@ -211,3 +211,19 @@ def test_a_wrong_path_names_its_flag(checkpoint: Path) -> None:
         await llm.shutdown()
 
     run(test)
+
+
+def test_a_model_of_another_family_is_refused_before_its_codec_is_looked_for(
+    tmp_path: Path,
+) -> None:
+    async def test() -> None:
+        (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+        config = EngineConfig.from_options(
+            model=str(tmp_path), audio_tokenizer_type="/nowhere", device="cpu"
+        )
+        llm = AsyncLLM(config, lambda info: NoVoice())
+        with pytest.raises(ConfigError, match=r"LlamaForCausalLM.* is not supported"):
+            await llm.start()
+        await llm.shutdown()
+
+    run(test)

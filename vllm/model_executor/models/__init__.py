@@ -5,6 +5,6 @@ without importing the others; each remaining file is one model.
 """
 
 from vllm.model_executor.models.interface import ModelSpec, SpeechModel
-from vllm.model_executor.models.registry import load_model
+from vllm.model_executor.models.registry import check_architecture, load_model
 
-__all__ = ["ModelSpec", "SpeechModel", "load_model"]
+__all__ = ["ModelSpec", "SpeechModel", "check_architecture", "load_model"]

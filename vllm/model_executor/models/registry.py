@@ -18,7 +18,7 @@ from vllm.model_executor.models.interface import SpeechModel
 from vllm.model_executor.weights import read_config, saved_quantization
 from vllm.platforms import Platform, resolve_dtype
 
-__all__ = ["load_model", "supported_architectures"]
+__all__ = ["check_architecture", "load_model"]
 
 _HIGGS_AUDIO = "vllm.model_executor.models.higgs_audio:HiggsAudioModel"
 
@@ -30,13 +30,23 @@ _MODELS = {
     "higgs_audio_v2": _HIGGS_AUDIO,
 }
 
-
 _FP8_CAPABILITY = 89  # cards before it cannot turn e4m3 into other numbers
 
 
-def supported_architectures() -> tuple[str, ...]:
-    """Names that ``config.json`` may hold as ``architectures`` or ``model_type``."""
-    return tuple(_MODELS)
+def check_architecture(folder: Path) -> None:
+    """Raises CheckpointError unless the model of a checkpoint folder is one of those known."""
+    _model_class_name(read_config(folder), folder)
+
+
+def _model_class_name(config: Mapping[str, Any], folder: Path) -> str:
+    """``module:class`` of the model that a configuration names."""
+    names = [*(config.get("architectures") or []), config.get("model_type")]
+    dotted = next((_MODELS[name] for name in names if name in _MODELS), None)
+    if dotted is None:
+        raise CheckpointError(
+            f"{folder}: architecture {names} is not supported; known are {', '.join(_MODELS)}"
+        )
+    return dotted
 
 
 def load_model(
@@ -64,13 +74,7 @@ def load_model(
         ConfigError: the weights cannot be quantised as asked for.
     """
     config = read_config(folder)
-    names = [*(config.get("architectures") or []), config.get("model_type")]
-    dotted = next((_MODELS[name] for name in names if name in _MODELS), None)
-    if dotted is None:
-        raise CheckpointError(
-            f"{folder}: architecture {names} is not supported; known are {', '.join(_MODELS)}"
-        )
-    module, _, name = dotted.partition(":")
+    module, _, name = _model_class_name(config, folder).partition(":")
     model_class: type[SpeechModel] = getattr(import_module(module), name)
     target = torch.device(device)
     resolved = resolve_dtype(dtype, Platform(target))

@@ -22,6 +22,7 @@ from vllm.config import DEFAULT_AUDIO_TOKENIZER, EngineConfig
 from vllm.exceptions import CheckpointError, EngineError, HiggsAudioError
 from vllm.logger import get_logger
 from vllm.model_executor.framing import DelayPattern
+from vllm.model_executor.models import check_architecture
 from vllm.model_executor.weights import resolve
 from vllm.outputs import FinishReason
 from vllm.sampling_params import SamplingParams
@@ -267,6 +268,7 @@ def _resolve_folders(config: EngineConfig) -> _Folders:
     else:
         assert config.model.model is not None
         model = find("--model", config.model.model, config.model.revision)
+        check_architecture(model)  # before a codec is fetched for it
         codec_name = codec_name or DEFAULT_AUDIO_TOKENIZER
     if codec_name is not None:
         revision = config.audio.audio_tokenizer_revision
