@@ -16,6 +16,7 @@ import pytest
 from vllm.audio import encode_all, lookup
 from vllm.entrypoints import llm
 from vllm.entrypoints.bosonai import api_server
+from vllm.entrypoints.bosonai.voice_store import FolderFiles, StoredVoice, VoiceStore, new_id
 from vllm.entrypoints.bosonai.voices import OPENAI_VOICE_ALIASES, SHIPPED_PRESETS, VoiceLibrary
 from vllm.entrypoints.cli_args import parse_serve_args
 from vllm.entrypoints.llm import LLM
@@ -274,6 +275,21 @@ def test_codec_that_cannot_encode_takes_shipped_codes(tmp_path):
     assert clip.samples is None
     with pytest.raises(InvalidRequestError, match=r"'b' cannot be used.*codec abc"):
         library.resolve("b")
+
+
+def test_an_upload_speaks_in_parts_as_short_as_those_of_the_default_voice(tmp_path):
+    write_presets(tmp_path, {"a": CLIP | {"max_chars": 56}})
+    store = VoiceStore(FolderFiles(tmp_path / "voices"))
+    upload = StoredVoice(
+        voice_id="anna",
+        name="Anna",
+        kind="audio_sample",
+        created_at=7,
+        version=new_id(),
+        transcript="Hello.",
+    )
+    store.add(upload, np.zeros(2400, np.float32), 24000)
+    assert make_library(tmp_path, store=store).resolve("anna").max_chars == 56
 
 
 def test_codes_of_another_codec_are_not_used(tmp_path):

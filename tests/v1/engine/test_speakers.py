@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from vllm.prompts import PromptClip, SpeechPrompt, SpokenTurn, Voice
 from vllm.sampling_params import SamplingParams
@@ -72,3 +74,16 @@ def test_parts_are_as_short_as_the_voice_that_speaks_least_at_once(
         "[SPEAKER1] Five six seven.",
         "[SPEAKER1] Eight nine ten. Eleven.",
     ]
+
+
+def test_a_clip_is_spoken_in_parts_as_short_as_those_of_the_default_voice(
+    make_driver: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = make_driver().processor
+    default = processor._voices.resolve(None)
+    monkeypatch.setattr(processor._voices, "resolve", lambda _voice: replace(default, max_chars=20))
+    prompt = SpeechPrompt(
+        text="One two three. Four five six.", ref_audio=np.zeros(960, np.float32), ref_text="Hi."
+    )
+    parts = [part.text for part in processor.process("r", prompt, PARAMS)._parts]
+    assert parts == ["One two three.", "Four five six."]

@@ -243,7 +243,11 @@ class VoiceLibrary:
         name = _requested_name(voice)
         default_id = snapshot.default_id
         found = default_id if name is None else _find(name, snapshot.voices, fallback=default_id)
-        resolved = snapshot.voices[found] if found is not None else self._uploaded(name or "")
+        if found is not None:
+            resolved: Voice | None = snapshot.voices[found]
+        elif resolved := self._uploaded(name or ""):
+            # How much a model speaks in one part is known of its default voice only.
+            resolved = replace(resolved, max_chars=snapshot.voices[default_id].max_chars)
         if resolved is None:
             raise UnknownVoiceError(
                 f"voice {name!r} is unknown; available are {self._offer(snapshot)}",

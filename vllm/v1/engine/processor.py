@@ -151,6 +151,8 @@ class Processor:
             language=prompt.language or "en",
             transcript=prompt.ref_text,
             clip=PromptClip(num_frames, samples=samples),
+            # How much a model speaks in one part is known of its default voice only.
+            max_chars=self._voices.resolve(None).max_chars,
         )
 
     def _speakers(self, prompt: SpeechPrompt) -> list[Speaker]:
