@@ -10,9 +10,10 @@
 namespace hav {
 namespace {
 
+// What CMakeLists.txt lets the compiler use for each. __builtin_cpu_supports also asks whether the
+// operating system keeps the wide registers.
 #if defined(HAV_HAS_AVX2)
 bool has_avx2() {
-  // __builtin_cpu_supports also asks whether the operating system keeps the wide registers.
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
@@ -22,7 +23,8 @@ bool has_avx2() {
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 #endif
 

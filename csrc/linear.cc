@@ -231,14 +231,17 @@ template <typename Format>
 void multiply(ThreadPool* pool, const TileCall& call) {
   const bool is_few = call.rows.num_rows <= Format::kMaxRows;
   const int64_t words_per_panel = call.weights.num_steps * 2 * F32::kLanes;
-  parallel_for(pool, call.weights.num_panels, kGrainWords / (words_per_panel + 1),
-               [&](int64_t begin, int64_t end) {
-                 if (is_few) {
-                   multiply_few<Format>(call, begin, end);
-                 } else {
-                   multiply_many<Format>(call, begin, end);
-                 }
-               });
+  const int64_t quantum = is_few ? panels_of_wide_tile<Format>(call.rows.num_rows) : 1;
+  parallel_for(
+      pool, call.weights.num_panels, kGrainWords / (words_per_panel + 1),
+      [&](int64_t begin, int64_t end) {
+        if (is_few) {
+          multiply_few<Format>(call, begin, end);
+        } else {
+          multiply_many<Format>(call, begin, end);
+        }
+      },
+      quantum);
 }
 
 void multiply_in_its_format(ThreadPool* pool, const TileCall& call) {

@@ -155,3 +155,24 @@ print(os.waitpid(child, 0)[1])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "0\n"
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")
+@pytest.mark.parametrize("num_cores", [1, 2])
+def test_threads_keep_to_the_cores_of_the_process(num_cores: int) -> None:
+    cores = sorted(os.sched_getaffinity(0))[:num_cores]
+    code = f"""
+import os
+os.sched_setaffinity(0, {cores})
+import torch
+from vllm.kernels.rms_norm import rms_norm
+torch.set_num_threads(2)
+x, weight = torch.randn(64, 700), torch.ones(700)
+for _ in range(300):
+    rms_norm(x, weight, 1e-5)
+threads = [int(name) for name in os.listdir("/proc/self/task")]
+print(len(threads) > 1, all(os.sched_getaffinity(each) <= {set(cores)} for each in threads))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\n"
