@@ -44,7 +44,7 @@ KVCacheDType = Literal["auto", "float32", "bfloat16", "fp8"]
 
 
 def _option(default: Any, help_text: str, **extra: Any) -> Any:
-    """A field with its flag's help text; ``extra`` holds ``choices`` or ``flag``."""
+    """A field with its flag's help text; ``extra`` says how ``cli_args`` reads the flag."""
     return field(default=default, metadata={"help": help_text, **extra})
 
 
@@ -73,6 +73,7 @@ class ModelConfig:
         None,
         "weights in fewer bits: int8, int4 (CPU only) or fp8 (CUDA only); "
         "default: as the checkpoint was saved",
+        also=("-q",),
     )
     max_model_len: int = _option(
         8192, "positions of one request: prompt plus audio frames", thousands=True
@@ -121,7 +122,7 @@ class AudioConfig:
 class CacheConfig:
     """The paged KV cache."""
 
-    block_size: int = _option(16, "positions per KV block", choices=(8, 16, 32, 64, 128))
+    block_size: int = _option(16, "positions per KV block")
     gpu_memory_utilization: float = _option(
         0.9, "share of the card's memory for weights, codec and KV cache"
     )
@@ -179,9 +180,7 @@ class SchedulerConfig:
 class DeviceConfig:
     """Where the model runs."""
 
-    device: Literal["auto", "cpu", "cuda"] = _option(
-        "auto", "auto takes CUDA when there is a card", choices=("auto", "cpu", "cuda")
-    )
+    device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto takes CUDA when there is a card")
     cpu_threads: int = _option(
         0, "threads of the CPU path; 0 is all physical cores, or one for a small model"
     )
@@ -204,9 +203,7 @@ class SpeechDefaults:
     ras_window_length: int = _option(7, "frames that RAS looks back; 0 switches it off")
     ras_max_num_repeat: int = _option(2, "repeats in the window from which a code is redrawn")
     ras_mode: RasMode = _option(
-        "redraw",
-        "redraw: the reference rule; block: repeated codes are masked",
-        choices=("redraw", "block"),
+        "redraw", "redraw: the reference rule; block: repeated codes are masked"
     )
 
     def __post_init__(self) -> None:

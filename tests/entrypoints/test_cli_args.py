@@ -136,6 +136,10 @@ def test_switches_that_are_not_supported_are_refused_in_their_negated_form(
     assert f"{flag} is not supported: steps are scheduled" in refusal(capsys, flag)
 
 
+def test_quantization_has_upstreams_short_form() -> None:
+    assert parse_serve_args(["-q", "int8"]).engine.model.quantization == "int8"
+
+
 def test_chunked_prefill_may_be_asked_for_and_not_switched_off(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -71,7 +71,6 @@ PARALLEL_SIZES = (
 
 # upstream flag -> what to use instead
 REFUSED_FLAGS: dict[str, str] = {
-    "-q": "--quantization int8, --quantization int4 or --quantization fp8",
     "--calculate-kv-scales": "the KV cache has no scales; see --kv-cache-dtype",
     "--load-format": "the layout of a checkpoint is detected; convert others to safetensors",
     "--config-format": "the layout of a checkpoint is detected",
@@ -96,7 +95,7 @@ REFUSED_FLAGS: dict[str, str] = {
     "--worker-cls": _NO_PARALLEL,
     "--disable-custom-all-reduce": _NO_PARALLEL,
     "--num-scheduler-steps": "steps are scheduled one by one",
-    "--scheduling-policy": "requests are served first come, first served",
+    "--scheduling-policy": "requests are served by their priority field, then first come, first served",
     "--no-enable-chunked-prefill": "it is always on; bound it with --max-num-batched-tokens",
     "--max-num-partial-prefills": "--prefill-min-requests and --max-num-batched-tokens",
     "--max-long-partial-prefills": "--max-num-batched-tokens",
@@ -126,7 +125,7 @@ REFUSED_FLAGS: dict[str, str] = {
     "--max-logprobs": "audio replies carry no log probabilities",
     "--task": "this server speaks; there is no other task",
     "--enable-prompt-tokens-details": "usage is in the headers and in the SSE done event",
-    "--enable-server-load-tracking": "read vllm:num_requests_running from /metrics",
+    "--enable-server-load-tracking": "GET /load tells it at any time",
     "--disable-log-stats": "nothing is logged per interval; read /metrics",
     "--enable-sleep-mode": "stop the server to free the card",
     "--enable-ssl-refresh": "restart the server when certificates change",
