@@ -109,6 +109,18 @@ def test_say_writes_a_wav(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "seed 5, ended by stop" in capsys.readouterr().out
 
 
+def test_a_command_that_is_interrupted_shows_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeLLM, "generate", interrupted)
+    assert main(["say", "Hello.", "-o", str(tmp_path / "a.wav")]) == 130
+    assert capsys.readouterr().err == "vllm say: stopped\n"
+    assert not FakeLLM.made.is_open
+
+
 def test_say_tells_who_speaks_for_a_voice_that_cannot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ Knows the names of the subcommands and nothing of what they do.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -44,3 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HiggsAudioError as error:
         print(f"vllm {command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"vllm {command}: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT  # as shells tell it
