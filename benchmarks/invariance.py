@@ -35,6 +35,7 @@ from vllm.v1.engine.messages import EngineCoreRequest
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _BLOCK_SIZE = 16
 _PROMPT_LENS = (9, 40, 100, 130)  # positions; the longest is cut, and shares pages
+_FIRST_ID, _NUM_IDS = 10, 60  # of ordinary tokens in every vocabulary
 _MAX_FRAMES = 90
 _MAX_LEN = 256  # positions
 _ARRIVAL, _CANCELLATION = 0.3, 0.02  # chances per step
@@ -107,7 +108,7 @@ def make_requests(num_requests: int, seed: int) -> list[EngineCoreRequest]:
     rng = random.Random(seed)
     requests = []
     for index in range(num_requests):
-        ids = rng.choice([10, 10, 70]) + np.arange(rng.choice(_PROMPT_LENS)) % 180
+        ids = _FIRST_ID + (rng.choice([0, 0, 30]) + np.arange(rng.choice(_PROMPT_LENS))) % _NUM_IDS
         requests.append(
             EngineCoreRequest(
                 request_id=f"r{index}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -282,6 +283,32 @@ def test_a_prompt_too_long_for_the_pages_ends_with_an_error(
     recorder = run(core, build_request("big", prompt_len=300), build_request("ok", frames=20))
     assert recorder.reasons("big") == [FinishReason.ERROR]
     assert "300 positions" in (recorder.parts["big"][-1].error or "")
+    assert recorder.reasons("ok") == [FinishReason.LENGTH]
+
+
+@pytest.mark.parametrize("bad_id", [-1, 512])
+def test_ids_outside_of_the_table_are_refused(
+    make_core: Callable[..., EngineCore], build_request: Build, run: Any, bad_id: int
+) -> None:
+    core = make_core()
+    ids = np.array([3, bad_id, 4], np.int32)
+    bad = dataclasses.replace(build_request("bad"), prompt_token_ids=ids.tobytes())
+    recorder = run(core, bad, build_request("ok", frames=20))
+    assert recorder.reasons("bad") == [FinishReason.ERROR]
+    assert "allowed are 0 to 511" in (recorder.parts["bad"][-1].error or "")
+    assert recorder.reasons("ok") == [FinishReason.LENGTH]
+
+
+def test_codes_outside_of_the_table_are_refused(
+    make_core: Callable[..., EngineCore], build_request: Build, run: Any
+) -> None:
+    core = make_core()
+    codes = np.full((8, 2), 1026, np.int16)
+    clip = ClipData(3, 2, codes=codes.tobytes())
+    bad = dataclasses.replace(build_request("bad", prompt_len=30), clips=(clip,))
+    recorder = run(core, bad, build_request("ok", frames=20))
+    assert recorder.reasons("bad") == [FinishReason.ERROR]
+    assert "codes of a clip" in (recorder.parts["bad"][-1].error or "")
     assert recorder.reasons("ok") == [FinishReason.LENGTH]
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from vllm import envs
 from vllm.checkpoints.embedded import embedded_checkpoint, random_checkpoint
 from vllm.config import DEFAULT_AUDIO_TOKENIZER, EngineConfig
-from vllm.exceptions import CheckpointError, EngineError, HiggsAudioError
+from vllm.exceptions import CheckpointError, EngineError, HiggsAudioError, InvalidRequestError
 from vllm.logger import get_logger
 from vllm.model_executor.framing import DelayPattern
 from vllm.model_executor.models import check_architecture
@@ -180,9 +180,22 @@ class EngineCore:
 
     def _admit(self, waiting: _WaitingForClips) -> None:
         try:
-            self._scheduler.add_request(waiting.to_request())
+            request = waiting.to_request()
+            self._check_tables(request)
+            self._scheduler.add_request(request)
         except HiggsAudioError as error:
             self._refuse(waiting.request.request_id, str(error))
+
+    def _check_tables(self, request: Request) -> None:
+        """No id may lie outside of its table: on a CPU that fails a step, and a GPU is lost by it."""
+        worker = self._executor.info
+        _check_range(
+            "prompt_token_ids",
+            np.delete(request.prompt_token_ids, request.audio_positions),
+            worker.vocab_size,
+        )
+        last_code = max(worker.stream_bos_id, worker.stream_eos_id)
+        _check_range("codes of a clip", request.prompt_frames, last_code + 1)
 
     def _refuse(self, request_id: str, error: str) -> None:
         self._refused.append(
@@ -331,6 +344,13 @@ class _WaitingForClips:
             positions.append(np.arange(clip.start, clip.start + len(delayed)))
         return Request.from_core(
             self.request, np.concatenate(frames), np.concatenate(positions).astype(np.int64)
+        )
+
+
+def _check_range(name: str, ids: NDArray[np.int32] | NDArray[np.int16], size: int) -> None:
+    if ids.size and not 0 <= ids.min() <= ids.max() < size:
+        raise InvalidRequestError(
+            f"{name}: {ids.min()} to {ids.max()}, allowed are 0 to {size - 1}"
         )
 
 

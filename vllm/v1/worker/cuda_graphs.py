@@ -106,12 +106,18 @@ class CudaGraphs:
 
     They are recorded on a stream of their own, because torch keeps cuBLAS's workspace by the stream:
     graphs that run beside these, those of the codec, would otherwise be given the same.
+
+    Args:
+        device: where they run.
+        is_urgent: their kernels go before those of graphs that are not.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, is_urgent: bool = False) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Kernels of a graph have the priority of the stream that they were recorded on.
+        priority = -1 if is_urgent else 0
+        self._stream = torch.cuda.Stream(device, priority)  # type: ignore[no-untyped-call]
 
     def warm_up(self, run: Callable[[], None]) -> None:
         run()

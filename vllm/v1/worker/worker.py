@@ -249,8 +249,9 @@ class Worker:
             device=device,
         )
         has_mirrors = _decodes_on_device(device)
-        # Decode and prefill share it, since their steps follow each other on one stream.
-        graphs = CudaGraphs(device) if self._uses_graphs else NoGraphs()
+        # Decode and prefill share it, since their steps follow each other on one stream. A step
+        # is many short kernels, each of which would wait for a long one of the codec.
+        graphs = CudaGraphs(device, is_urgent=True) if self._uses_graphs else NoGraphs()
 
         def make_prefiller(owners: RowOwners) -> Prefiller:
             eager = EagerPrefill(owners, device)
