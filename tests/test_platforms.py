@@ -12,6 +12,7 @@ from vllm.exceptions import ConfigError
 from vllm.platforms import (
     Platform,
     activation_dtype,
+    check_dependent_launch,
     is_lost,
     num_cores,
     resolve_kv_dtype,
@@ -106,3 +107,15 @@ def test_a_device_is_lost_when_waiting_for_it_fails(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
     assert is_lost(card)
     assert not is_lost(torch.device("cpu"))
+
+
+def test_dependent_launch_needs_a_card_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, card = Platform(torch.device("cpu")), Platform(torch.device("cuda"))
+    check_dependent_launch("off", host)
+    with pytest.raises(ConfigError, match="the CPU has none"):
+        check_dependent_launch("on", host)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    with pytest.raises(ConfigError, match=r"prefetch: .* this card has 8\.9"):
+        check_dependent_launch("prefetch", card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    check_dependent_launch("prefetch", card)

@@ -188,11 +188,21 @@ class DeviceConfig:
         True, "a request's output does not depend on what else runs (bit for bit)"
     )
     enforce_eager: bool = _option(False, "no CUDA graphs")
+    dependent_launch: Literal["off", "on", "prefetch"] = _option(
+        "off",
+        "on: kernels of a decode step start before the ones ahead have ended (compute capability "
+        "9.0); prefetch: and ask for their first weights meanwhile",
+        choices=("off", "on", "prefetch"),
+    )
 
     def __post_init__(self) -> None:
         _require(
             0 <= self.cpu_threads <= _MAX_THREADS,
             f"--cpu-threads {self.cpu_threads}: 0 to {_MAX_THREADS}",
+        )
+        _require(
+            self.dependent_launch in ("off", "on", "prefetch"),
+            f"--dependent-launch {self.dependent_launch!r}: off, on or prefetch",
         )
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "MemoryFigures",
     "Platform",
     "activation_dtype",
+    "check_dependent_launch",
     "copy_to_device",
     "is_lost",
     "num_cores",
@@ -122,6 +123,15 @@ def resolve_dtype(name: str, platform: Platform) -> torch.dtype:
     if name == "bfloat16" and platform.is_cuda and not torch.cuda.is_bf16_supported():
         raise ConfigError("--dtype bfloat16: this card has none; use float16")
     return _DTYPES[name]
+
+
+def check_dependent_launch(name: str, platform: Platform) -> None:
+    """ConfigError for a ``--dependent-launch`` that the platform does not have."""
+    capability = platform.compute_capability
+    if name == "off" or (capability is not None and capability >= 90):
+        return
+    there = "the CPU has none" if capability is None else f"this card has {capability / 10:.1f}"
+    raise ConfigError(f"--dependent-launch {name}: needs compute capability 9.0, and {there}")
 
 
 def use_float32_convolutions() -> None:

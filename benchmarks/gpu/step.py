@@ -30,6 +30,8 @@ def run(suite: Suite) -> None:
     _measure(suite, " eager", {"enforce_eager": True}, some, (item, item))
     _measure(suite, " not invariant", {"batch_invariant": False}, some, (item, item))
     _cost_of_invariance(suite, some)
+    _measure(suite, " dependent launch", {"dependent_launch": "on"}, some, (item, item))
+    _measure(suite, " weights fetched ahead", {"dependent_launch": "prefetch"}, some, (item, item))
     _measure(suite, " fp8 weights", {"quantization": "fp8"}, some, (1, item))
     _measure(suite, " fp8", FP8_OPTIONS, some, (1, 1))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from vllm.checkpoints.make_model import _template
 from vllm.forward_context import set_forward_context
-from vllm.kernels import native
+from vllm.kernels import fused_step, native
 from vllm.kernels.attention import (
     DecodeMetadata,
     PrefillMetadata,
@@ -18,8 +20,10 @@ from vllm.kernels.attention import (
     _plan_fused,
 )
 from vllm.kernels.cache import allocate_kv_caches
+from vllm.kernels.dependent_launch import DependentLaunch
 from vllm.kernels.fused_step import FusedRows, FusedStep
 from vllm.kernels.quantize import WeightFormat
+from vllm.kernels.skinny_linear import LinearWorkspace
 from vllm.model_executor.models.higgs_audio import HiggsAudioModel
 
 BLOCK_SIZE, NUM_BLOCKS, NUM_ROWS = 16, 24, 4  # the last row and block are spare
@@ -129,3 +133,37 @@ def test_prefill_fills_the_pages_that_the_layers_fill(case: Case, num_text_rows:
     for cache, pages, content in zip(case.caches, expected, before, strict=True):
         torch.testing.assert_close(cache, pages, rtol=2e-4, atol=2e-5)
         assert not torch.equal(cache, content)
+
+
+def test_all_launches_of_a_step_are_dependent_or_none(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: dict[str, list[object]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *args, pdl, **options: launched.setdefault(name, []).append(pdl)
+
+    def attend(qkv: Tensor, *args: object, pdl: bool, **options: object) -> Tensor:
+        launched.setdefault("attention", []).append(pdl)
+        return qkv[:, : case.model.spec.hidden_size].contiguous()
+
+    for name in ("linear", "gated_linear", "residual_linear"):
+        monkeypatch.setattr(f"vllm.kernels.triton.skinny_linear.{name}", note(name))
+    monkeypatch.setattr("vllm.kernels.triton.embed_frames.embed_frames", note("embed"))
+    monkeypatch.setattr(fused_step, "rope_write_attend", attend)
+    monkeypatch.setattr(fused_step, "LinearWorkspace", partial(LinearWorkspace, arch=90))
+    rows = FusedRows(case.frames, case.caches, case.tables)
+    step = FusedStep(
+        case.model.fused_weights(), rows, max_batch=NUM_ROWS, pdl=DependentLaunch.PREFETCH
+    )
+
+    step(torch.tensor([0, 2]), torch.tensor([5, 9]), MAX_LEN)
+
+    num_layers = case.model.spec.num_layers
+    assert launched == {
+        "embed": [True],
+        "linear": [DependentLaunch.PREFETCH] * (num_layers + 1),
+        "attention": [True] * num_layers,
+        "residual_linear": [DependentLaunch.PREFETCH] * 2 * num_layers,
+        "gated_linear": [DependentLaunch.PREFETCH] * num_layers,
+    }

@@ -137,6 +137,7 @@ def rope_write_attend(
     *,
     max_context_len: int | None = None,
     arrivals: Tensor | None = None,
+    pdl: bool = False,
 ) -> Tensor:
     """Attention of one new position for each of N sequences, which is written to the cache first.
 
@@ -154,7 +155,7 @@ def rope_write_attend(
         positions: int64 [N], the new position of each; -1 for padding.
         num_heads: of the queries.
         scale: factor on the scores.
-        max_context_len, arrivals: for recorded launches, see ``triton/decode_attention.py``.
+        max_context_len, arrivals, pdl: for recorded launches, see ``triton/decode_attention.py``.
 
     Returns:
         [N, num_heads * head_dim], each row alone in its bits; undefined for padding.
@@ -164,7 +165,7 @@ def rope_write_attend(
         from vllm.kernels.triton import decode_attention as on_cuda
 
         return on_cuda.rope_write_attend(
-            *arguments, max_context_len=max_context_len, arrivals=arrivals
+            *arguments, max_context_len=max_context_len, arrivals=arrivals, pdl=pdl
         )
     lib = native.loaded_library()
     is_native = qkv.dtype == torch.float32 and can_attend(cache.dtype, cache.shape[4])

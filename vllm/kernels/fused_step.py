@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vllm.kernels.decode_attention import rope_write_attend
+from vllm.kernels.dependent_launch import DependentLaunch
 from vllm.kernels.linear_config import SUM_WIDTH
 from vllm.kernels.quantize import QuantizedWeight, WeightFormat
 from vllm.kernels.skinny_linear import (
@@ -109,7 +110,7 @@ class FusedStep:
         weights: on the device, contiguous.
         rows: of all streams.
         max_batch: rows of a step.
-        batch_invariant: see ``LinearWorkspace``.
+        batch_invariant, pdl: see ``LinearWorkspace``.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class FusedStep:
         *,
         max_batch: int,
         batch_invariant: bool = True,
+        pdl: DependentLaunch = DependentLaunch.OFF,
     ) -> None:
         self._weights = weights
         self._rows = rows
@@ -135,6 +137,7 @@ class FusedStep:
             dtype=dtype,
             device=device,
             batch_invariant=batch_invariant,
+            pdl=pdl,
         )
         self._stream = ResidualRows.allocate(max_batch, table.shape[1], dtype, device, input_dtype)
         self._qkv = torch.empty(max_batch, first.qkv.shape[0], dtype=dtype, device=device)
@@ -184,4 +187,5 @@ class FusedStep:
             *(rows, positions, weights.num_heads, cache.shape[-1] ** -0.5),
             max_context_len=context_len,
             arrivals=self._arrivals,
+            pdl=self._workspace.pdl.is_on,
         )

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm.kernels.dependent_launch import DependentLaunch
 from vllm.kernels.linear_config import ROW_BUCKETS, SUM_WIDTH, LinearConfig, find_config
 from vllm.kernels.quantize import QuantizedWeight
 
@@ -90,8 +91,8 @@ class LinearWorkspace:
         device: where they are made.
         batch_invariant: a row's result has the same bits beside any other rows, so cuBLAS, whose
             kernel depends on their number, is not used.
-        pdl: kernels start before the one ahead has ended, and wait inside
-            (``griddepcontrol``, compute capability 9.0 and newer).
+        pdl: whether kernels start before the one ahead has ended (compute capability 9.0 and
+            newer).
         arch: compute capability, 90 for 9.0; None asks the device, and is torch where that is no
             CUDA device.
     """
@@ -104,13 +105,14 @@ class LinearWorkspace:
         dtype: torch.dtype,
         device: torch.device,
         batch_invariant: bool = True,
-        pdl: bool = False,
+        pdl: DependentLaunch = DependentLaunch.OFF,
         arch: int | None = None,
     ) -> None:
         if arch is None and device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(device)
             arch = 10 * major + minor
-        assert not pdl or (arch is not None and arch >= 90), f"no dependent launch on sm_{arch}"
+        is_able = arch is not None and arch >= 90
+        assert is_able or not pdl.is_on, f"no dependent launch on sm_{arch}"
         self.arch = arch
         self.batch_invariant = batch_invariant
         self.pdl = pdl
@@ -284,7 +286,7 @@ def embed_frames(
         rows.hidden,
         rows.scaled,
         rows.square_sums,
-        pdl=workspace.pdl,
+        pdl=workspace.pdl.is_on,
     )
 
 

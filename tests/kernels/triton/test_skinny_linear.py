@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm.kernels import linear_config, skinny_linear
+from vllm.kernels.dependent_launch import DependentLaunch
 from vllm.kernels.linear_config import LinearConfig, find_config
 from vllm.kernels.quantize import QuantizedWeight, WeightFormat, quantize
 from vllm.kernels.skinny_linear import LinearWorkspace, ResidualRows
@@ -349,7 +350,7 @@ def compile_product(
     x: torch.dtype = torch.bfloat16,
     weight: torch.dtype | None = None,
     *,
-    pdl: bool = False,
+    pdl: DependentLaunch = DependentLaunch.OFF,
 ) -> Compiled:
     kind, num_outputs, num_inputs = PRODUCTS[product]
     weight = weight or x
@@ -375,7 +376,8 @@ def compile_product(
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_OUTPUTS": config.block_outputs,
         "BLOCK_INPUTS": config.block_inputs,
-        "PDL": pdl,
+        "PDL": pdl.is_on,
+        "PREFETCHES": pdl.prefetches,
     }
     if weight == x:
         constants["scales_ptr"] = None
@@ -399,7 +401,7 @@ def compile_product(
         arch,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        launch_pdl=pdl,
+        launch_pdl=pdl.is_on,
     )
 
 
@@ -449,11 +451,26 @@ def test_quantised_weights_compile_to_a_good_loop(compile_offline, arch, x, weig
     assert compiled.faults(contains=wanted(arch, num_rows)) == []
 
 
-def test_dependent_launch_prefetches_waits_and_releases(compile_offline):
-    compiled = compile_product(compile_offline, 90, "output", 1, pdl=True)
+@pytest.mark.parametrize(
+    ("product", "pdl"),
+    [
+        ("output", DependentLaunch.PREFETCH),
+        pytest.param("output", DependentLaunch.ON, marks=pytest.mark.slow),
+        ("gate_up", DependentLaunch.ON),
+        pytest.param("gate_up", DependentLaunch.PREFETCH, marks=pytest.mark.slow),
+        pytest.param("qkv", DependentLaunch.PREFETCH, marks=pytest.mark.slow),
+        pytest.param("head", DependentLaunch.PREFETCH, marks=pytest.mark.slow),
+    ],
+)
+def test_dependent_launch_fetches_waits_and_releases(compile_offline, product, pdl):
+    compiled = compile_product(compile_offline, 90, product, 1, pdl=pdl)
     assert compiled.faults(contains=wanted(90, 1)) == []
     assert compiled.waits_first()
-    order = ["prefetch.global.L2", "griddepcontrol.wait", "griddepcontrol.launch_dependents"]
+    order = ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
+    fetch = "prefetch.global.L2"
+    assert (fetch in compiled.ptx) == pdl.prefetches
+    if pdl.prefetches:
+        order.insert(0, fetch)
     places = [compiled.ptx.index(each) for each in order]
     assert places == sorted(places)
 
@@ -485,9 +502,13 @@ def test_embedding_compiles(compile_offline, arch):
             "CODEBOOK_SIZE": 1026,
             "BLOCK_ROWS": 4,
             "BLOCK_OUTPUTS": 64,
-            "PDL": False,
+            "PDL": arch >= 90,
         },
         arch,
         num_warps=2,
+        launch_pdl=arch >= 90,
     )
     assert compiled.faults(contains=("LDG.E.64", "STG.E")) == []
+    if arch >= 90:
+        assert compiled.waits_first()
+        assert "griddepcontrol.launch_dependents" in compiled.ptx

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm.kernels.dependent_launch import DependentLaunch
 from vllm.kernels.linear_config import SUM_WIDTH, LinearConfig
 
 __all__ = [
@@ -45,7 +46,7 @@ def linear(
     counters: Tensor,
     config: LinearConfig,
     *,
-    pdl: bool = False,
+    pdl: DependentLaunch = DependentLaunch.OFF,
 ) -> None:
     """``out = (x weight^T) * scales``, times one over the RMS of the rows where sums are given.
 
@@ -57,7 +58,7 @@ def linear(
         partials: float32, at least ``config.num_partials(N, M)``.
         counters: int32, zeros, at least one per tile; zeros again afterwards.
         config: how the work is cut.
-        pdl: the kernel may start before the one ahead of it has ended.
+        pdl: whether the kernel may start before the one ahead of it has ended.
     """
     num_outputs = out.shape[1]
     linear_kernel[config.grid(len(out), num_outputs)](
@@ -69,7 +70,6 @@ def linear(
         NUM_SUMS=0 if square_sums is None else len(square_sums),
         **_splits(config),
         **_blocks(config),
-        PDL=pdl,
         **_options(config, pdl),
     )
 
@@ -81,7 +81,7 @@ def gated_linear(
     out: Tensor,
     config: LinearConfig,
     *,
-    pdl: bool = False,
+    pdl: DependentLaunch = DependentLaunch.OFF,
 ) -> None:
     """``silu(gate) * up`` of the two halves of a product as of ``linear``; ``out`` is [N, M / 2]."""
     num_outputs = out.shape[1]
@@ -94,7 +94,6 @@ def gated_linear(
         NUM_INPUTS=operands[0].shape[1],
         NUM_SUMS=len(square_sums),
         **_blocks(config),
-        PDL=pdl,
         **_options(config, pdl),
     )
 
@@ -109,7 +108,7 @@ def residual_linear(
     counters: Tensor,
     config: LinearConfig,
     *,
-    pdl: bool = False,
+    pdl: DependentLaunch = DependentLaunch.OFF,
 ) -> None:
     """Add a product as of ``linear`` to ``hidden`` [N, M], and prepare the next norm.
 
@@ -125,7 +124,6 @@ def residual_linear(
         NUM_INPUTS=operands[0].shape[1],
         **_splits(config),
         **_blocks(config),
-        PDL=pdl,
         **_options(config, pdl),
     )
 
@@ -142,14 +140,16 @@ def _splits(config: LinearConfig) -> dict[str, int]:
     return {"SPLIT_INPUTS": config.split_inputs, "IS_SEQUENTIAL": config.is_sequential}
 
 
-def _options(config: LinearConfig, pdl: bool) -> dict[str, int]:
+def _options(config: LinearConfig, pdl: DependentLaunch) -> dict[str, int]:
     options: dict[str, int] = {
+        "PDL": pdl.is_on,
+        "PREFETCHES": pdl.prefetches,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         # Whether a product and a sum are rounded once or twice must not depend on the tile.
         "enable_fp_fusion": False,
     }
-    return options | {"launch_pdl": True} if pdl else options
+    return options | {"launch_pdl": True} if pdl.is_on else options
 
 
 @triton.jit(do_not_specialize=["sums_stride", "num_rows"])
@@ -173,11 +173,13 @@ def linear_kernel(
     SPLIT_INPUTS: tl.constexpr,
     IS_SEQUENTIAL: tl.constexpr,
     PDL: tl.constexpr,
+    PREFETCHES: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     outputs = tl.program_id(1) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     if PDL:
-        _prefetch(weight_ptr, outputs, NUM_OUTPUTS, NUM_INPUTS, BLOCK_INPUTS, SPLIT_INPUTS)
+        if PREFETCHES:
+            _prefetch(weight_ptr, outputs, NUM_OUTPUTS, NUM_INPUTS, BLOCK_INPUTS, SPLIT_INPUTS)
         tl.extra.cuda.gdc_wait()
     if weight_ptr is None:
         total = _load_tile(x_ptr, rows, outputs, num_rows, NUM_OUTPUTS, NUM_OUTPUTS)
@@ -225,13 +227,15 @@ def gated_linear_kernel(
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
     PDL: tl.constexpr,
+    PREFETCHES: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     outputs = tl.program_id(1) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     ups = NUM_OUTPUTS + outputs
     if PDL:
-        _prefetch(weight_ptr, outputs, 2 * NUM_OUTPUTS, NUM_INPUTS, BLOCK_INPUTS, NUM_INPUTS)
-        _prefetch(weight_ptr, ups, 2 * NUM_OUTPUTS, NUM_INPUTS, BLOCK_INPUTS, NUM_INPUTS)
+        if PREFETCHES:
+            _prefetch(weight_ptr, outputs, 2 * NUM_OUTPUTS, NUM_INPUTS, BLOCK_INPUTS, NUM_INPUTS)
+            _prefetch(weight_ptr, ups, 2 * NUM_OUTPUTS, NUM_INPUTS, BLOCK_INPUTS, NUM_INPUTS)
         tl.extra.cuda.gdc_wait()
     if weight_ptr is None:
         gate = _load_tile(x_ptr, rows, outputs, num_rows, NUM_OUTPUTS, 2 * NUM_OUTPUTS)
@@ -280,11 +284,13 @@ def residual_linear_kernel(
     SPLIT_INPUTS: tl.constexpr,
     IS_SEQUENTIAL: tl.constexpr,
     PDL: tl.constexpr,
+    PREFETCHES: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     outputs = tl.program_id(1) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     if PDL:
-        _prefetch(weight_ptr, outputs, NUM_OUTPUTS, NUM_INPUTS, BLOCK_INPUTS, SPLIT_INPUTS)
+        if PREFETCHES:
+            _prefetch(weight_ptr, outputs, NUM_OUTPUTS, NUM_INPUTS, BLOCK_INPUTS, SPLIT_INPUTS)
         tl.extra.cuda.gdc_wait()
     if weight_ptr is None:
         total = _load_tile(x_ptr, rows, outputs, num_rows, NUM_OUTPUTS, NUM_OUTPUTS)

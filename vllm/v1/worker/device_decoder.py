@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vllm.forward_context import set_forward_context
 from vllm.kernels.attention import DecodeMetadata
+from vllm.kernels.dependent_launch import DependentLaunch
 from vllm.platforms import copy_to_device
 from vllm.v1.worker.cuda_graphs import DecodeSizes, GraphBackend, StepGraphs, StepSize
 from vllm.v1.worker.decoder import FrameGetter, RowOwners
@@ -37,6 +38,7 @@ class DeviceDecoder:
         device: of all of it.
         graphs: record the steps.
         batch_invariant: a row's frames do not depend on the rows beside it.
+        pdl: whether launches of a step overlap, where a step is of few launches.
     """
 
     depth = 2  # one that runs and one that waits
@@ -48,6 +50,7 @@ class DeviceDecoder:
         device: torch.device,
         graphs: GraphBackend,
         batch_invariant: bool,
+        pdl: DependentLaunch = DependentLaunch.OFF,
     ) -> None:
         spec = owners.model.spec
         max_num_seqs = owners.batch.max_num_reqs
@@ -59,13 +62,15 @@ class DeviceDecoder:
         self._rows = torch.full((max_num_seqs,), self._spare_row, device=device)
         # Where the last frame of each row goes, int64 [max_num_seqs + 1]; negative for idle rows.
         self._positions = torch.full((max_num_seqs + 1,), -1, device=device)
-        self._sampler = owners.state.device_sampler(self._positions)
         self._fused_step = owners.state.fused_step(
             owners.kv_caches,
             owners.block_table.table,
             max_batch=max_num_seqs,
             batch_invariant=batch_invariant,
+            pdl=pdl,
         )
+        overlaps = self._fused_step is not None and pdl.is_on
+        self._sampler = owners.state.device_sampler(self._positions, pdl=overlaps)
         # Frame and status of each row of a step, int16 [max_num_seqs, num_codebooks + 1]
         width = owners.state.num_codebooks + 1
         self._result = torch.zeros(max_num_seqs, width, dtype=torch.int16, device=device)

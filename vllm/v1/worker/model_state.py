@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm.kernels.decode_step import DecoderRows, DecodeStep, can_decode
+from vllm.kernels.dependent_launch import DependentLaunch
 from vllm.kernels.fused_step import FusedRows, FusedStep, can_fuse
 from vllm.kernels.sampler import DeviceSampler, SamplingMemory
 from vllm.model_executor.framing import DelayFraming, DelayPattern
@@ -95,6 +96,7 @@ class ModelState(Protocol):
         *,
         max_batch: int,
         batch_invariant: bool,
+        pdl: DependentLaunch,
     ) -> FusedStep | None:
         """What computes logits in steps that a device takes, in few launches.
 
@@ -105,14 +107,15 @@ class ModelState(Protocol):
             block_tables: of all rows, int64 [max_num_rows, max_blocks], on the device.
             max_batch: rows of a step.
             batch_invariant: a row's logits do not depend on the rows beside it.
+            pdl: whether launches overlap.
         """
         ...
 
-    def device_sampler(self, positions: Tensor) -> FrameSampler:
+    def device_sampler(self, positions: Tensor, *, pdl: bool = False) -> FrameSampler:
         """What draws frames in steps that a device takes by itself.
 
         Args:
-            positions: int64 [max_num_rows], on the device, see ``kernels.sampler.DeviceSampler``.
+            positions, pdl: see ``kernels.sampler.DeviceSampler``.
         """
         ...
 
@@ -184,6 +187,7 @@ class CodebookModelState:
         *,
         max_batch: int,
         batch_invariant: bool,
+        pdl: DependentLaunch,
     ) -> FusedStep | None:
         spec = self._model.spec
         if not can_fuse(self._device, hidden_size=spec.hidden_size, head_dim=spec.head_dim):
@@ -193,11 +197,12 @@ class CodebookModelState:
             FusedRows(self._head.last_frame, kv_caches, block_tables),
             max_batch=max_batch,
             batch_invariant=batch_invariant,
+            pdl=pdl,
         )
 
-    def device_sampler(self, positions: Tensor) -> FrameSampler:
+    def device_sampler(self, positions: Tensor, *, pdl: bool = False) -> FrameSampler:
         if positions.is_cuda:
-            return DeviceSampler(self._head.memory, positions)
+            return DeviceSampler(self._head.memory, positions, pdl=pdl)
         return TorchDeviceSampler(self._head, positions)
 
     def native_step(

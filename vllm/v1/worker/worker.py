@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from vllm.config import EngineConfig
 from vllm.exceptions import CheckpointError
 from vllm.kernels.cache import allocate_kv_caches
+from vllm.kernels.dependent_launch import DependentLaunch
 from vllm.kernels.fused_step import can_fuse
 from vllm.kernels.linear import find_row_quantum
 from vllm.logger import get_logger
 from vllm.model_executor.codecs import ClipCache, Codec, load_codec
 from vllm.model_executor.models import SpeechModel, load_model
 from vllm.platforms import (
+    check_dependent_launch,
     num_cores,
     resolve_kv_dtype,
     select_platform,
@@ -89,6 +91,7 @@ class Worker:
     ) -> None:
         self._config = config
         self._platform = select_platform(config.device.device)
+        check_dependent_launch(config.device.dependent_launch, self._platform)
         device = self._platform.device
         self._model = load_model(
             model_folder,
@@ -268,8 +271,13 @@ class Worker:
         def make_decoder(owners: RowOwners) -> Decoder:
             if not has_mirrors:
                 return HostDecoder(owners)
-            is_invariant = self._config.device.batch_invariant
-            return DeviceDecoder(owners, device=device, graphs=graphs, batch_invariant=is_invariant)
+            return DeviceDecoder(
+                owners,
+                device=device,
+                graphs=graphs,
+                batch_invariant=self._config.device.batch_invariant,
+                pdl=DependentLaunch(self._config.device.dependent_launch),
+            )
 
         return GPUModelRunner(
             self._model,
