@@ -96,7 +96,7 @@ class ModelState(Protocol):
         *,
         max_batch: int,
         batch_invariant: bool,
-        pdl: DependentLaunch,
+        pdl: DependentLaunch = DependentLaunch.OFF,
     ) -> FusedStep | None:
         """What computes logits in steps that a device takes, in few launches.
 
@@ -187,7 +187,7 @@ class CodebookModelState:
         *,
         max_batch: int,
         batch_invariant: bool,
-        pdl: DependentLaunch,
+        pdl: DependentLaunch = DependentLaunch.OFF,
     ) -> FusedStep | None:
         spec = self._model.spec
         if not can_fuse(self._device, hidden_size=spec.hidden_size, head_dim=spec.head_dim):
