@@ -1,4 +1,5 @@
 import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -477,3 +478,20 @@ def test_recorded_batches_give_the_samples_of_windows_alone(monkeypatch, num_str
     assert 4 in sizes if num_streams == 3 else sizes == {1}
     # The end of a stream makes no length of its own.
     assert {shape[2] for shape in scripted.batches} <= {6, 12, 14}
+
+
+def test_clips_are_encoded_beside_the_steps(make_runner, monkeypatch):
+    scripted = ScriptedCodec()
+    runner = make_runner(scripted, threaded=False)
+    entered = []
+
+    @contextmanager
+    def on_stream():
+        entered.append(scripted.num_encoded)
+        yield
+        entered.append(scripted.num_encoded)
+
+    monkeypatch.setattr(runner._decoder, "on_stream", on_stream)
+    runner.encode("clip", np.ones(8, np.float32))
+    drain(runner)
+    assert entered == [0, 1]

@@ -48,7 +48,9 @@ def embed_frames(
     )
 
 
-@triton.jit(do_not_specialize=["sums_stride", "num_rows"])
+@triton.jit(
+    do_not_specialize=["sums_stride", "num_rows"], do_not_specialize_on_alignment=["sums_ptr"]
+)
 def embed_frames_kernel(
     frames_ptr,  # integers [max_num_rows, NUM_CODEBOOKS]
     frame_rows_ptr,  # integers [N], negative for padding

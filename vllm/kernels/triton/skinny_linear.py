@@ -152,7 +152,10 @@ def _options(config: LinearConfig, pdl: DependentLaunch) -> dict[str, int]:
     return options | {"launch_pdl": True} if pdl.is_on else options
 
 
-@triton.jit(do_not_specialize=["sums_stride", "num_rows"])
+# Compiled once for all numbers of rows, and wherever their sums begin among those of others.
+@triton.jit(
+    do_not_specialize=["sums_stride", "num_rows"], do_not_specialize_on_alignment=["sums_ptr"]
+)
 def linear_kernel(
     x_ptr,
     weight_ptr,
@@ -210,7 +213,9 @@ def linear_kernel(
     _store_tile(out_ptr, total, rows, outputs, num_rows, NUM_OUTPUTS)
 
 
-@triton.jit(do_not_specialize=["sums_stride", "num_rows"])
+@triton.jit(
+    do_not_specialize=["sums_stride", "num_rows"], do_not_specialize_on_alignment=["sums_ptr"]
+)
 def gated_linear_kernel(
     x_ptr,
     weight_ptr,
@@ -263,7 +268,9 @@ def gated_linear_kernel(
     _store_tile(out_ptr, gated, rows, outputs, num_rows, NUM_OUTPUTS)
 
 
-@triton.jit(do_not_specialize=["sums_stride", "num_rows"])
+@triton.jit(
+    do_not_specialize=["sums_stride", "num_rows"], do_not_specialize_on_alignment=["sums_ptr"]
+)
 def residual_linear_kernel(
     x_ptr,
     weight_ptr,

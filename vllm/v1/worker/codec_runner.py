@@ -357,7 +357,8 @@ class CodecRunner:
         started_at = time.perf_counter()
         is_known = False
         try:
-            codes, is_known = self._encoder.encode(samples)
+            with self._decoder.on_stream():  # beside the steps, not between them
+                codes, is_known = self._encoder.encode(samples)
             encoded = EncodedClip(key, codes)
         except Exception as error:  # as above: it ends this clip only
             logger.warning("cannot encode clip %s: %s", key, error)

@@ -113,8 +113,8 @@ class EagerPrefill:
     def warm_up(self) -> None:
         """Let kernels for every number of rows be built, with rows of both kinds.
 
-        All positions lie in the block that nobody owns. Where the rows of the second kind begin
-        decides how their memory is aligned, and kernels are built for either.
+        All positions lie in the block that nobody owns. The rows of one kind are just too many for
+        half of the step, so that each number has kernels for it as well.
         """
         owners, device = self._owners, self._device
         spec = owners.model.spec
@@ -125,9 +125,8 @@ class EagerPrefill:
             sequence = PrefillSequence(rows, table, start=0, length=num_rows)
             metadata = PrefillMetadata.build([sequence], owners.block_size)
             hidden = torch.zeros(num_rows, spec.hidden_size, dtype=spec.dtype, device=device)
-            for num_text_rows in (num_rows // 2, num_rows // 2 + 1):
-                with set_forward_context(metadata, owners.kv_caches):
-                    owners.model.fill_cache(hidden, rows, num_text_rows)
+            with set_forward_context(metadata, owners.kv_caches):
+                owners.model.fill_cache(hidden, rows, num_rows // 2 + 1)
 
     def _to_device(self, values: NDArray[Any]) -> Tensor:
         return copy_to_device(np.ascontiguousarray(values, np.int64), self._device)

@@ -73,13 +73,19 @@ class WindowDecoder:
         first = min(window.emit_start - window.start for _, window in inputs)
         last = max(window.emit_stop - window.start for _, window in inputs)
         codes = np.stack([frames for frames, _ in inputs]).astype(np.int64)
-        with _on_stream(self._stream):
+        with self.on_stream():
             samples = _to_host(self._samples(codes, first, last))
         hop, origins = self._codec.hop_length, [window.start + first for _, window in inputs]
         return [
             row[(window.emit_start - origin) * hop : (window.emit_stop - origin) * hop]
             for row, origin, (_, window) in zip(samples, origins, inputs, strict=True)
         ]
+
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Where streams are, work of this thread goes to that of the windows meanwhile."""
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            yield
 
     def _samples(self, codes: NDArray[np.int64], first: int, last: int) -> Tensor:
         """Samples of frames ``first .. last - 1``, float32 [batch, (last - first) * hop]."""
@@ -110,9 +116,3 @@ def _to_host(samples: Tensor) -> NDArray[np.float32]:
         torch.cuda.current_stream(samples.device).synchronize()
     values: NDArray[np.float32] = host.numpy()
     return values
-
-
-@contextmanager
-def _on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    with nullcontext() if stream is None else torch.cuda.stream(stream):
-        yield
