@@ -4,6 +4,11 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import save_file
 
 from vllm.exceptions import CheckpointError
@@ -88,6 +93,54 @@ def test_resolve_offline_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
         resolve("owner/name", download_dir=tmp_path)
+
+
+class FakeHub:
+    """Stands in for the client of the Hub: what it is asked for, and how it answers."""
+
+    def __init__(self, monkeypatch, answer):
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr("huggingface_hub.HfApi", lambda: self)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self.download)
+        self._answer = answer
+        self.calls = []
+
+    def list_repo_files(self, repo_id, *, revision):
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return ["config.json", "model.safetensors", "pytorch_model.bin"]
+
+    def download(self, repo_id, **options):
+        self.calls.append(options)
+        return f"/cache/{repo_id}"
+
+
+def test_a_hub_id_is_downloaded(monkeypatch, tmp_path):
+    hub = FakeHub(monkeypatch, "yes")
+    assert str(resolve("owner/name", revision="v1", download_dir=tmp_path)) == "/cache/owner/name"
+    files = ["config.json", "model.safetensors"]
+    assert hub.calls == [{"revision": "v1", "cache_dir": tmp_path, "allow_patterns": files}]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "message"),
+    [
+        (GatedRepoError, "asks for permission"),
+        (RevisionNotFoundError, "no revision 'v1'"),
+        (RepositoryNotFoundError, "neither a local folder nor a repository"),
+    ],
+)
+def test_what_the_hub_refuses_is_not_looked_for_in_the_cache(monkeypatch, refusal, message):
+    hub = FakeHub(monkeypatch, refusal.__new__(refusal))  # made of a reply, which there is none of
+    with pytest.raises(CheckpointError, match=message):
+        resolve("owner/name", revision="v1")
+    assert hub.calls == []
+
+
+def test_without_a_network_the_cache_is_used(monkeypatch):
+    hub = FakeHub(monkeypatch, ConnectionError("no route"))
+    assert str(resolve("owner/name")) == "/cache/owner/name"
+    assert [call["local_files_only"] for call in hub.calls] == [True]
 
 
 def test_download_takes_one_copy_of_the_weights():

@@ -258,48 +258,49 @@ def _read_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _download(repo_id: str, revision: str | None, cache_dir: Path | None) -> Path:
-    try:
-        from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
-    except ImportError as error:
+    if find_spec("huggingface_hub") is None:
         raise CheckpointError(
             f"{repo_id!r} is no local folder, and downloading it needs the package huggingface_hub"
-        ) from error
-    unreachable: tuple[type[Exception], ...] = (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        *_network_errors(),
-    )
+        )
     if not envs.HF_HUB_OFFLINE:
         try:
-            files = HfApi().list_repo_files(repo_id, revision=revision)
-            return Path(
-                snapshot_download(
-                    repo_id,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    allow_patterns=select_files(files),
-                )
-            )
-        except GatedRepoError as error:
-            raise CheckpointError(
-                f"{repo_id!r} asks for permission: accept its terms on the Hub and set HF_TOKEN"
-            ) from error
-        except RevisionNotFoundError as error:
-            raise CheckpointError(f"{repo_id!r} has no revision {revision!r} on the Hub") from error
-        except RepositoryNotFoundError as error:
-            raise CheckpointError(
-                f"{repo_id!r} is neither a local folder nor a repository on the Hub "
-                "(or it is private and HF_TOKEN is not set)"
-            ) from error
-        except unreachable as error:
+            return _from_hub(repo_id, revision, cache_dir)
+        except _network_errors() as error:
             logger.warning("The Hub cannot be reached (%s); trying the local cache", error)
+    return _from_cache(repo_id, revision, cache_dir)
+
+
+def _from_hub(repo_id: str, revision: str | None, cache_dir: Path | None) -> Path:
+    """Raises CheckpointError when the Hub says no, and one of ``_network_errors`` when it is mute."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        files = select_files(HfApi().list_repo_files(repo_id, revision=revision))
+        return Path(
+            snapshot_download(repo_id, revision=revision, cache_dir=cache_dir, allow_patterns=files)
+        )
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo_id!r} asks for permission: accept its terms on the Hub and set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{repo_id!r} has no revision {revision!r} on the Hub") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id!r} is neither a local folder nor a repository on the Hub "
+            "(or it is private and HF_TOKEN is not set)"
+        ) from error
+
+
+def _from_cache(repo_id: str, revision: str | None, cache_dir: Path | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
         return Path(
             snapshot_download(
@@ -316,7 +317,9 @@ def _download(repo_id: str, revision: str | None, cache_dir: Path | None) -> Pat
 
 def _network_errors() -> tuple[type[Exception], ...]:
     """What "no connection" may look like: the Hub client has changed its HTTP library before."""
-    errors: list[type[Exception]] = [OSError]
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    errors: list[type[Exception]] = [OSError, HfHubHTTPError, LocalEntryNotFoundError]
     for name in ("httpx", "httpx2"):
         if find_spec(name) is not None:
             errors.append(import_module(name).HTTPError)
