@@ -5,6 +5,7 @@ tokenizers; transformers and matplotlib are used where they are. The last line i
 
     python -m benchmarks.gpu_suite --json out.json --plot out.png
     python -m benchmarks.gpu_suite --sections ceilings step --profile
+    python -m benchmarks.gpu_suite --sections step --ablations dependent-launch prefetch
     python -m benchmarks.gpu_suite --quick                 what the targets ask for, first things first
     python -m benchmarks.gpu_suite --device cpu --tiny     all of its logic, in a minute, without a GPU
     python -m benchmarks.gpu_suite --predict               floors alone: nothing is measured
@@ -34,7 +35,7 @@ from benchmarks._report import format_table, write_json
 from benchmarks.gpu import floors
 from benchmarks.gpu.ledger import Ledger
 from benchmarks.gpu.random_engine import write_folder
-from benchmarks.gpu.suite import FULL, QUICK, TOY, Suite
+from benchmarks.gpu.suite import ABLATIONS, FULL, QUICK, TOY, Suite
 
 SECTIONS = (
     "ceilings",
@@ -150,6 +151,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="few cases, those of the targets, by their worth"
     )
+    parser.add_argument(
+        "--ablations",
+        nargs="*",
+        choices=tuple(ABLATIONS),
+        default=list(ABLATIONS),
+        metavar="NAME",
+        help="what is measured otherwise too; default: all; "
+        + "; ".join(f"{name}: {meaning}" for name, meaning in ABLATIONS.items()),
+    )
     parser.add_argument("--profile", action="store_true", help="share of time by kernel as well")
     parser.add_argument("--predict", action="store_true", help="print floors, measure nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -172,6 +182,7 @@ def _suite(arguments: argparse.Namespace, folder: Path) -> Suite:
         ceilings=floors.ASSUMED_H200,
         ledger=Ledger(),
         seconds_per_section=arguments.seconds,
+        ablations=arguments.ablations,
     )
     if arguments.resume and arguments.json and arguments.json.is_file():
         _resume(suite, json.loads(arguments.json.read_text(encoding="utf-8")))

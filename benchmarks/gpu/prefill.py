@@ -15,18 +15,19 @@ from benchmarks.gpu.suite import Suite
 
 __all__ = ["run"]
 
-_VOICE, _TEXT, _COALESCED = 300, 60, 8
+_COALESCED = 8  # prompts
 
 
 def run(suite: Suite) -> None:
     """Lengths as text and as half voice, then what cached voices leave to do."""
     _run(suite, "prefill")
-    _run(suite, "prefill without graphs,", enforce_eager=True)
+    if "eager" in suite.ablations:
+        _run(suite, "prefill without graphs,", enforce_eager=True)
 
 
 def _run(suite: Suite, prefix: str, **options: Any) -> None:
     scale = suite.scale
-    longest = max(*scale.prefill_lengths, _VOICE + _TEXT if suite.is_cuda else 32)
+    longest = max(*scale.prefill_lengths, sum(scale.cached))
     positions = _COALESCED * (longest + 64)
     per_position = floors.kv_bytes_per_position(suite.config, scale.dtype.itemsize)
     with open_core(
@@ -40,7 +41,7 @@ def _run(suite: Suite, prefix: str, **options: Any) -> None:
         for length in suite.in_time(scale.prefill_lengths):
             _measure(suite, core, f"{prefix} {length} of text", 1, 0, length, 0)
             _measure(suite, core, f"{prefix} {length}, half voice", 1, 0, length, length // 2)
-        voice, text = (_VOICE, _TEXT) if suite.is_cuda else (16, 8)
+        voice, text = scale.cached
         for count in suite.in_time((1, _COALESCED)):
             name = f"{prefix} {count} x {text} behind {voice} cached"
             _measure(suite, core, name, count, voice, text, 0)

@@ -27,13 +27,22 @@ def run(suite: Suite) -> None:
     batches, contexts = suite.scale.step_batches, suite.scale.contexts
     _measure(suite, "", {}, [*itertools.product(batches, contexts)], (item, item))
     some = [(b, contexts[len(contexts) // 2]) for b in (batches[0], batches[len(batches) // 2])]
-    _measure(suite, " eager", {"enforce_eager": True}, some, (item, item))
-    _measure(suite, " not invariant", {"batch_invariant": False}, some, (item, item))
+    for ablation, (suffix, options, itemsizes) in _ablations(item).items():
+        if ablation in suite.ablations:
+            _measure(suite, suffix, options, some, itemsizes)
     _cost_of_invariance(suite, some)
-    _measure(suite, " dependent launch", {"dependent_launch": "on"}, some, (item, item))
-    _measure(suite, " weights fetched ahead", {"dependent_launch": "prefetch"}, some, (item, item))
-    _measure(suite, " fp8 weights", {"quantization": "fp8"}, some, (1, item))
-    _measure(suite, " fp8", FP8_OPTIONS, some, (1, 1))
+
+
+def _ablations(item: int) -> dict[str, tuple[str, dict[str, Any], tuple[float, float]]]:
+    """Name -> suffix of figures, options of the engine, bytes of a weight and of a key's number."""
+    return {
+        "eager": (" eager", {"enforce_eager": True}, (item, item)),
+        "not-invariant": (" not invariant", {"batch_invariant": False}, (item, item)),
+        "dependent-launch": (" dependent launch", {"dependent_launch": "on"}, (item, item)),
+        "prefetch": (" weights fetched ahead", {"dependent_launch": "prefetch"}, (item, item)),
+        "fp8-weights": (" fp8 weights", {"quantization": "fp8"}, (1, item)),
+        "fp8": (" fp8", FP8_OPTIONS, (1, 1)),
+    }
 
 
 def kv_memory(suite: Suite) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,18 @@ from benchmarks.gpu.floors import Ceilings, Work
 from benchmarks.gpu.ledger import Figure, Ledger
 from vllm.checkpoint_config import HiggsAudioConfig
 
-__all__ = ["FULL", "QUICK", "TOY", "Scale", "Suite"]
+__all__ = ["ABLATIONS", "FULL", "QUICK", "TOY", "Scale", "Suite"]
+
+# What a section measures beside the engine as it is: name -> what is then otherwise.
+ABLATIONS = {
+    "eager": "decode and prefill steps without graphs",
+    "not-invariant": "a row's bits may depend on the others",
+    "dependent-launch": "kernels of a step start before the ones ahead have ended",
+    "prefetch": "and ask for their first weights meanwhile",
+    "fp8-weights": "weights of one byte",
+    "fp8": "weights and keys and values of one byte",
+    "tf32": "the codec's convolutions rounded by cuDNN",
+}
 
 T = TypeVar("T")
 
@@ -50,6 +61,8 @@ class Scale:
     # Prompt positions and frames of a short request, as Seed-TTS has them, and of a long one.
     short: tuple[int, int] = (156, 102)
     long: tuple[int, int] = (350, 400)
+    # Prompt positions of a voice, and of the text behind it, where the voice is in the cache.
+    cached: tuple[int, int] = (300, 60)
 
 
 FULL = Scale(
@@ -115,6 +128,7 @@ TOY = Scale(
     num_rounds=2,
     short=(20, 18),
     long=(24, 18),
+    cached=(32, 16),
 )
 
 
@@ -129,6 +143,7 @@ class Suite:
     ceilings: Ceilings
     ledger: Ledger
     seconds_per_section: float = 110.0
+    ablations: Collection[str] = frozenset(ABLATIONS)
     flush: Callable[[], None] = lambda: None  # writes down what there is so far
     extras: dict[str, Any] = field(default_factory=dict)  # section -> what JSON gets beside figures
     _section: str = ""

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from benchmarks import gpu_suite
-from benchmarks.gpu import floors
+from benchmarks.gpu import floors, step
 from benchmarks.gpu.floors import ASSUMED_H200
 from benchmarks.gpu.ledger import TARGETS, Figure, Ledger
-from benchmarks.gpu.suite import FULL, TOY, Suite
+from benchmarks.gpu.suite import ABLATIONS, FULL, TOY, Suite
 from vllm.checkpoints.make_model import make_model
 
 # What serves HTTP, decodes files and draws: none of it may be needed.
@@ -78,6 +78,36 @@ def test_kernels_are_built_ahead(repo_root: Path) -> None:
         command, cwd=repo_root, capture_output=True, text=True, timeout=340, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("chosen", "measured"),
+    [
+        ((), [""]),
+        (("prefetch",), ["", " weights fetched ahead"]),
+        (("eager", "fp8", "tf32"), ["", " eager", " fp8"]),
+    ],
+)
+def test_ablations_are_those_that_were_chosen(
+    chosen: tuple[str, ...], measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    monkeypatch.setattr(step, "_measure", lambda suite, suffix, *rest: taken.append(suffix))
+    suite = Suite(
+        device=torch.device("cpu"),
+        scale=TOY,
+        folder=tmp_path,
+        config=make_model(tmp_path, size=TOY.model, with_weights=False),
+        ceilings=ASSUMED_H200,
+        ledger=Ledger(),
+        ablations=chosen,
+    )
+    step.run(suite)
+    assert taken == measured
+
+
+def test_an_ablation_of_steps_is_known_by_its_name() -> None:
+    assert step._ablations(2).keys() <= ABLATIONS.keys()
 
 
 def test_floors_are_those_of_the_design(tmp_path: Path) -> None:
