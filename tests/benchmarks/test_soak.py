@@ -17,7 +17,7 @@ PASSED = Outcome(
     kv_cache_usage=0.0,
     num_pairs=5,
     num_overtaken=0,
-    longest_ping_s=0.01,
+    longest_look_s=0.01,
     memory_mib=(500.0, 1000.0, 1100.0, 1010.0),
 )
 
@@ -44,13 +44,14 @@ def test_what_is_complained_about(change: dict[str, object], complaint: str) -> 
 
 
 def test_order_of_requests() -> None:
-    first, second = Turn(0, sent_at=0.0, answered_at=9.0), Turn(0, sent_at=3.0, answered_at=4.0)
+    first = Turn(0, sent_at=0.0, queued_at=2.0, answered_at=9.0)
+    second = Turn(0, sent_at=3.0, queued_at=3.5, answered_at=4.0)
     assert count_overtaken([first, second]) == (1, 1)
     assert count_overtaken([first, replace(second, answered_at=10.0)]) == (1, 0)
-    assert count_overtaken([first, replace(second, answered_at=8.0)]) == (1, 0)  # began earlier?
-    assert count_overtaken([first, replace(second, sent_at=1.0)]) == (0, 0)  # too close
-    assert count_overtaken([replace(first, answered_at=2.0), second]) == (0, 0)  # never together
-    assert count_overtaken([first, second], gap_s=20.0) == (0, 0)  # on a starved machine
+    assert count_overtaken([first, replace(second, answered_at=8.5)]) == (1, 0)  # began earlier?
+    assert count_overtaken([first, replace(second, sent_at=1.0)]) == (0, 0)  # who was there first?
+    assert count_overtaken([replace(first, answered_at=2.5), second]) == (0, 0)  # never together
+    assert count_overtaken([first, second], gap_s=20.0) == (1, 0)  # on a starved machine
     assert count_overtaken([first, replace(second, priority=-1)]) == (0, 0)  # it may overtake
     assert count_overtaken([replace(first, priority=-1), second]) == (1, 1)
 
