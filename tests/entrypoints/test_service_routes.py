@@ -122,7 +122,7 @@ def test_deadlines_reach_the_engine(start_server: Any) -> None:
 
 
 def test_the_texts_of_a_batch_share_its_deadline(start_server: Any, fake_engine: Any) -> None:
-    server = start_server(fake_engine(max_num_seqs=1, delay_s=0.01))
+    server = start_server(fake_engine(max_num_seqs=1))
     items = [{"input": "a"}, {"input": "a"}, {"input": "a"}]
     limit = {"X-Request-Timeout": "5000"}
     server.client.post("/v1/audio/speech/batch", json={"items": items}, headers=limit)
