@@ -56,7 +56,6 @@ def test_order_of_requests() -> None:
     assert count_overtaken([replace(first, priority=-1), second]) == (1, 1)
 
 
-@pytest.mark.timeout(300)
 def test_one_minute_of_two_hundred_clients() -> None:
     outcome = run(num_clients=200, duration_s=60.0, show_progress=False)
     assert set(outcome.ended) == set(Manner)

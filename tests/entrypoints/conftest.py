@@ -410,6 +410,8 @@ def s3(s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
+    # A starved server is no dead one.
+    monkeypatch.setattr("vllm.entrypoints.bosonai.voice_bucket._CONFIG.read_timeout", LIMIT_S)
 
 
 @pytest.fixture

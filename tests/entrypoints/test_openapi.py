@@ -147,6 +147,7 @@ def test_a_server_without_an_engine(
     server = start_server(engine, wait_ready=state == "dead")
     if state == "dead":
         engine.kill()
+        assert server.fatal.wait(100)
     report = schemathesis(server.url, tmp_path, "--phases", "examples,fuzzing", "-n", "3")
     engine.may_start.set()
     assert not accepted(report) & SPEAKING

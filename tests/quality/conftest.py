@@ -31,7 +31,7 @@ from vllm.entrypoints.llm import LLM
 from vllm.model_executor.codecs import load_codec
 
 NUM_SENTENCES = 20
-READY_LIMIT_S = 100
+READY_LIMIT_S = 200  # bounds a hang
 
 Hear = Callable[[Samples, int], list[str]]
 ErrorRate = Callable[[Sequence[Take]], float]
@@ -99,7 +99,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         )
     try:
         url = _url_when_ready(server, folder / "log")
-        with httpx.Client(base_url=url, timeout=100) as client:
+        with httpx.Client(base_url=url, timeout=READY_LIMIT_S) as client:
             yield client
     finally:
         server.terminate()

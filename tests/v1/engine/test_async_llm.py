@@ -69,7 +69,7 @@ def audio_of(items: list[SpeechOutput]) -> bytes:
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(250):
+        async with asyncio.timeout(400):
             await test()
 
     asyncio.run(bounded())
