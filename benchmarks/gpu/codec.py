@@ -31,12 +31,13 @@ def run(suite: Suite) -> None:
     if suite.is_cuda:
         codecs["tf32"] = exact
         codecs["fp16"] = load_codec(suite.folder / "codec", device=suite.device).half()
-        _signal_to_noise(suite, codecs)
-        _windows_against_whole(suite, codecs)
+        with suite.attempt("noise"):
+            _signal_to_noise(suite, codecs)
+            _windows_against_whole(suite, codecs)
     ramp = (DEFAULT_RAMP[0], DEFAULT_RAMP[-1])
     cases = itertools.product(codecs, suite.scale.codec_batches, ramp)
     for name, batch, num_new in suite.in_time(cases):
-        with _convolutions(name):
+        with suite.attempt(f"{name}, batch {batch}"), _convolutions(name):
             _window(suite, name, codecs[name], batch, num_new)
 
 

@@ -28,12 +28,15 @@ def run(suite: Suite) -> None:
     rows = max(suite.scale.invariant_rows)
     context = suite.scale.contexts[-1]
     for case in suite.in_time(_cases(suite, rows, context)):
-        _against_float64(suite, case)
-        _rows_alone(suite, case)
-        _repeated(suite, case)
+        with suite.attempt(f"{case.kernel} {case.shape}"):
+            _against_float64(suite, case)
+            _rows_alone(suite, case)
+            _repeated(suite, case)
     if suite.uses_triton:
-        _sampler(suite)
-    _model(suite)
+        with suite.attempt("sampler"):
+            _sampler(suite)
+    with suite.attempt("model"):
+        _model(suite)
 
 
 def _cases(suite: Suite, rows: int, context: int) -> Iterator[Case]:

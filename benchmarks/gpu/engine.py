@@ -31,23 +31,33 @@ _SMALL_CARD_POSITIONS = 1050
 def run(suite: Suite) -> None:
     """Throughput by streams, first audio with a voice in the cache, exactness, a small card."""
     scale = suite.scale
+    middle = scale.engine_streams[len(scale.engine_streams) // 2]
+    with suite.attempt("engine"):
+        _whole_engine(suite, middle)
+    if suite.is_cuda:
+        if "tf32" in suite.ablations:
+            with suite.attempt("convolutions in TF32"):
+                _with_rounded_convolutions(suite, middle)
+        with suite.attempt("small card"):
+            _small_card(suite, "", {}, scale.dtype.itemsize)
+        if "fp8" in suite.ablations:
+            with suite.attempt("small card, fp8"):
+                _small_card(suite, " fp8", FP8_OPTIONS, 1)
+
+
+def _whole_engine(suite: Suite, middle: int) -> None:
+    scale = suite.scale
     with open_core(
         suite, decodes_audio=True, max_num_seqs=max(scale.engine_streams), **_memory(suite)
     ) as core:
-        _stream_is_exact(suite, core)
+        with suite.attempt("streams against one decode"):
+            _stream_is_exact(suite, core)
         for streams in suite.in_time(scale.engine_streams):
             _cached_voice(suite, core, streams)
         for streams in suite.in_time(scale.engine_streams):
             _throughput(suite, core, streams, scale.short)
-        middle = scale.engine_streams[len(scale.engine_streams) // 2]
         for lengths in suite.in_time([scale.long]):
             _throughput(suite, core, middle, lengths)
-    if suite.is_cuda:
-        if "tf32" in suite.ablations:
-            _with_rounded_convolutions(suite, middle)
-        _small_card(suite, "", {}, scale.dtype.itemsize)
-        if "fp8" in suite.ablations:
-            _small_card(suite, " fp8", FP8_OPTIONS, 1)
 
 
 def _memory(suite: Suite) -> dict[str, Any]:

@@ -34,19 +34,22 @@ def run(suite: Suite) -> None:
 
 
 def _measure(suite: Suite, case: Case) -> None:
-    rounds = suite.scale.num_rounds
-    ours = seconds_per_call(case.ours, suite.device, num_rounds=rounds)
-    theirs = seconds_per_call(case.torch, suite.device, num_rounds=rounds)
-    _add(suite, f"{case.kernel} {case.shape}", ours, theirs, case.work)
+    name, rounds = f"{case.kernel} {case.shape}", suite.scale.num_rounds
+    with suite.attempt(name):
+        ours = seconds_per_call(case.ours, suite.device, num_rounds=rounds)
+        theirs = seconds_per_call(case.torch, suite.device, num_rounds=rounds)
+        _add(suite, name, ours, theirs, case.work)
 
 
 def _measure_sampler(suite: Suite, rows: int) -> None:
-    streams = SamplerRows(suite, rows)
-    rounds = suite.scale.num_rounds if suite.is_cuda else 1  # the interpreter takes a second
-    ours = seconds_per_call([streams.draw], suite.device, num_rounds=rounds)
-    # torch's waits for nothing, but is many launches: as it is, not as a graph would have it.
-    theirs = seconds_per_call([streams.torch_draw], suite.device, num_rounds=rounds, captured=False)
-    _add(suite, f"sampler rows={rows}", ours, theirs, streams.work)
+    name, device = f"sampler rows={rows}", suite.device
+    with suite.attempt(name):
+        streams = SamplerRows(suite, rows)
+        rounds = suite.scale.num_rounds if suite.is_cuda else 1  # the interpreter takes a second
+        ours = seconds_per_call([streams.draw], device, num_rounds=rounds)
+        # torch's waits for nothing, but is many launches: as it is, not as a graph would have it.
+        theirs = seconds_per_call([streams.torch_draw], device, num_rounds=rounds, captured=False)
+        _add(suite, name, ours, theirs, streams.work)
 
 
 def _add(suite: Suite, name: str, ours: float, theirs: float, work: Work) -> None:

@@ -20,9 +20,11 @@ _COALESCED = 8  # prompts
 
 def run(suite: Suite) -> None:
     """Lengths as text and as half voice, then what cached voices leave to do."""
-    _run(suite, "prefill")
+    with suite.attempt("recorded"):
+        _run(suite, "prefill")
     if "eager" in suite.ablations:
-        _run(suite, "prefill without graphs,", enforce_eager=True)
+        with suite.attempt("without graphs"):
+            _run(suite, "prefill without graphs,", enforce_eager=True)
 
 
 def _run(suite: Suite, prefix: str, **options: Any) -> None:

@@ -64,23 +64,32 @@ def _measure(
     if suite.is_over:
         suite.note(f"no time left for the engine{suffix}")
         return
+    with suite.attempt(f"engine{suffix}"):
+        try:
+            _with_engine(suite, suffix, options, cases, itemsizes)
+        except ConfigError as error:
+            suite.note(f"not there:{suffix or ' default'} ({error})")
+
+
+def _with_engine(
+    suite: Suite,
+    suffix: str,
+    options: dict[str, Any],
+    cases: list[tuple[int, int]],
+    itemsizes: tuple[float, float],
+) -> None:
     most = max(batch for batch, _ in cases)
-    try:
-        with open_core(
-            suite,
-            decodes_audio=False,
-            max_num_seqs=most,
-            kv_cache_memory=kv_memory(suite),
-            **options,
-        ) as core:
-            runner = runner_of(core)
-            fill_pages(runner)
-            for batch, context in suite.in_time(cases):
+    with open_core(
+        suite, decodes_audio=False, max_num_seqs=most, kv_cache_memory=kv_memory(suite), **options
+    ) as core:
+        runner = runner_of(core)
+        fill_pages(runner)
+        for batch, context in suite.in_time(cases):
+            with suite.attempt(f"B={batch} ctx={context}{suffix}"):
                 _one_case(suite, core, batch, context, suffix, itemsizes)
-            if not suffix:
+        if not suffix:
+            with suite.attempt("shared voice"):
                 _with_shared_voice(suite, core, *cases[-1])
-    except ConfigError as error:
-        suite.note(f"not there:{suffix or ' default'} ({error})")
 
 
 def _one_case(

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ import torch
 from benchmarks.gpu.floors import Ceilings, Work
 from benchmarks.gpu.ledger import Figure, Ledger
 from vllm.checkpoint_config import HiggsAudioConfig
+from vllm.platforms import is_lost
 
 __all__ = ["ABLATIONS", "FULL", "QUICK", "TOY", "Scale", "Suite"]
 
@@ -183,6 +186,23 @@ class Suite:
         line = f"{self._section}: {text}"
         self.ledger.notes.append(line)
         print(f"  {line}", flush=True)
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Let what fails in here be a failure of its own, and the section go on behind it.
+
+        Without the device nothing can go on, so then it is the section's.
+        """
+        try:
+            yield
+        except Exception:
+            if is_lost(self.device):
+                raise
+            name = f"{self._section}: {what}"
+            self.ledger.failures.append(name)
+            self.extras[f"{name} failure"] = traceback.format_exc()
+            print(f"  {name} failed", flush=True)
+            traceback.print_exc()
 
     def add(
         self,

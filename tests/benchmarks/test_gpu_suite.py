@@ -184,6 +184,23 @@ def make_suite(folder: Path) -> Suite:
     return Suite(cpu, TOY, folder, config, ceilings=ASSUMED_H200, ledger=Ledger())
 
 
+def test_a_case_that_fails_is_a_failure_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = make_suite(tmp_path)
+    suite.begin("micro")
+    with suite.attempt("a kernel"):
+        raise RuntimeError("the reason")
+    assert suite.ledger.failures == ["micro: a kernel"]
+    assert "the reason" in suite.extras["micro: a kernel failure"]
+    line, is_right = suite.ledger.verdict(is_toy=False)
+    assert (line[:4], is_right) == ("FAIL", False)
+    # Nothing can follow on a device that is gone.
+    monkeypatch.setattr("benchmarks.gpu.suite.is_lost", lambda device: True)
+    with pytest.raises(RuntimeError, match="the reason"), suite.attempt("a kernel"):
+        raise RuntimeError("the reason")
+
+
 def test_a_lost_device_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suite, ran = make_suite(tmp_path), []
     monkeypatch.setattr(Suite, "is_cuda", True)
