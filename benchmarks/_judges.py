@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import re
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -33,6 +34,9 @@ __all__ = [
     "normal_words",
 ]
 
+# Root mean square of full scale: a quiet room. How much the judge depends on it is in
+# docs/embedded-model.md.
+_ROOM_NOISE = 1e-3
 _RATE = 16000  # of every judge
 _ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 _TEENS = [
@@ -158,7 +162,7 @@ class ClosedVocabularyRecogniser:
         silence = np.zeros(_RATE // 5, np.float32)
         padded = np.concatenate([silence, loud, silence])
         # Digital silence confuses the recogniser's noise estimate.
-        padded = padded + 1e-4 * np.random.default_rng(0).standard_normal(len(padded))
+        padded = padded + _ROOM_NOISE * np.random.default_rng(0).standard_normal(len(padded))
         self._decoder.start_utt()
         pcm = (padded * 32767).clip(-32768, 32767).astype("<i2").tobytes()
         self._decoder.process_raw(pcm, no_search=False, full_utt=True)
@@ -232,7 +236,9 @@ class VoiceJudge:
 
     def __init__(self, voice: Samples, sample_rate: int) -> None:
         """``voice``: a clip of the voice that others are compared with."""
-        from resemblyzer import VoiceEncoder
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # it asks scipy for an old name
+            from resemblyzer import VoiceEncoder
 
         self._encoder = VoiceEncoder("cpu", verbose=False)
         self._voice = self._embed(voice, sample_rate)

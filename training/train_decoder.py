@@ -2,8 +2,10 @@
 
     python -m training.train_decoder --data DIR --out DIR [--steps 4000] [--batch 4]
 
-Loss: spectra at four resolutions and mel spectra at three, no discriminator. Resumes from ``--out``
-where that holds a decoder; a run with the same steps goes on with the same schedule.
+Loss: spectra at four resolutions and mel spectra at three, no discriminator; at both ends of an
+utterance, which are next to silent, also the samples themselves, or clips begin and end with a click.
+Resumes from ``--out`` where that holds a decoder; a run with the same steps goes on with the same
+schedule.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from training.runs import Run, add_run_arguments
 
 _CROP = 24  # frames
 _EDGE = 2 * FRAME  # samples at either end of a crop that lack context
+_END = 64  # samples at either end of an utterance that are learnt as they are
+_ENDS_SHARE = 1 / 3  # of crops that begin or end where an utterance does
+_ENDS_WEIGHT = 20.0
 _WINDOWS = (256, 512, 1024, 2048)
 _MELS = {512: 40, 1024: 80, 2048: 160}
 _MEL_WEIGHT = 3.0
@@ -36,7 +41,7 @@ def code_vectors(codes: Tensor, codebooks: Tensor) -> Tensor:
 
 
 class Crops:
-    """Random stretches of the heard utterances: vectors [B, size, 24] and samples [B, n]."""
+    """Random stretches of the heard utterances, a third of them from either end."""
 
     def __init__(self, corpus: Corpus, codebooks: Tensor, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
@@ -48,18 +53,25 @@ class Crops:
         ]
         self._codebooks = codebooks
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Vectors [B, size, 24], samples [B, n], and 1 where an utterance ends or begins, [B, n]."""
         while True:
-            codes, samples = zip(*(self._crop() for _ in range(size)), strict=True)
+            codes, samples, is_end = zip(*(self._crop() for _ in range(size)), strict=True)
             stacked = torch.from_numpy(np.stack(codes).astype(np.int64))
             vectors = code_vectors(stacked, self._codebooks).transpose(1, 2)
-            yield vectors, torch.from_numpy(np.stack(samples))
+            yield vectors, torch.from_numpy(np.stack(samples)), torch.from_numpy(np.stack(is_end))
 
-    def _crop(self) -> tuple[np.ndarray, np.ndarray]:
+    def _crop(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         codes, samples = self._utterances[int(self._rng.integers(len(self._utterances)))]
-        begin = int(self._rng.integers(len(codes) - _CROP + 1))
-        end = begin + _CROP
-        return codes[begin:end], samples[begin * FRAME : end * FRAME]
+        last = len(codes) - _CROP
+        begin = int(self._rng.integers(last + 1))
+        if self._rng.random() < _ENDS_SHARE:
+            begin = 0 if self._rng.random() < 0.5 else last
+        is_end = np.zeros(_CROP * FRAME, np.float32)
+        is_end[:_END] = begin == 0
+        is_end[-_END:] = begin == last
+        stretch = slice(begin * FRAME, (begin + _CROP) * FRAME)
+        return codes[begin : begin + _CROP], samples[stretch], is_end
 
 
 class SpectralLoss:
@@ -89,6 +101,11 @@ class SpectralLoss:
         return spectrum.abs().clamp_min(1e-5)
 
 
+def ends_loss(made: Tensor, target: Tensor, is_end: Tensor) -> Tensor:
+    """Mean distance of the samples at the ends of utterances; 0 where the crops have none."""
+    return ((made - target).abs() * is_end).sum() / is_end.sum().clamp(min=1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of corpus.safetensors")
@@ -104,11 +121,15 @@ def main() -> None:
     run = Run(args, "decoder", decoder, [optimizer])
     crops = Crops(Corpus.load(args.data / "corpus.safetensors"), codebooks, args.seed + run.step)
     loss_of = SpectralLoss(device)
-    for vectors, samples in run.steps(crops.batches(args.batch)):
+    for vectors, samples, is_end in run.steps(crops.batches(args.batch)):
         made = decoder(vectors.to(device))
         wanted = samples.to(device)
         loss, mel = loss_of(made[:, _EDGE:-_EDGE], wanted[:, _EDGE:-_EDGE])
-        run.update(loss, {"loss": float(loss.detach()), "mel": float(mel)})
+        ends = ends_loss(made, wanted, is_end.to(device))
+        run.update(
+            loss + _ENDS_WEIGHT * ends,
+            {"loss": float(loss.detach()), "mel": float(mel), "ends": float(ends.detach())},
+        )
 
 
 if __name__ == "__main__":
