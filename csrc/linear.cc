@@ -186,42 +186,34 @@ void multiply_few(const TileCall& call, int64_t begin, int64_t end) {
   const Tile wide = wide_tile<Format>(call.rows.num_rows);
   const Tile narrow = narrow_tile<Format>(call.rows.num_rows);
   const int64_t width = panels_of_wide_tile<Format>(call.rows.num_rows);
-  const Segment all{0, call.weights.num_steps, nullptr};
+  const char* weights = reinterpret_cast<const char*>(call.weights.panels);
+  const Segment all{0, call.weights.num_steps, nullptr, weights, 0};  // nothing to fetch ahead
   int64_t panel = begin;
   for (; panel + width <= end; panel += width) wide(call, panel, 0, all);
   for (; panel < end; ++panel) narrow(call, panel, 0, all);
 }
 
-constexpr int64_t kCacheLine = 64;  // bytes
-
-// Fetches part `index` of `count` of the weights that follow these steps of a panel. Other layers
-// and pages have taken their place in the cache since the last product.
-template <typename Format>
-void fetch_ahead(const TileCall& call, int64_t first_step, int64_t num_steps, int64_t end_step,
-                 int index, int count) {
-  const int64_t step_bytes = Format::kLoadsPerStep * kPanelWords * int64_t{sizeof(uint32_t)};
-  const int64_t left = end_step - first_step;
-  const Range range = part_of((left < num_steps ? left : num_steps) * step_bytes, index, count);
-  const char* weights =
-      reinterpret_cast<const char*>(call.weights.panels) + first_step * step_bytes;
-  for (int64_t i = range.begin; i < range.end; i += kCacheLine) __builtin_prefetch(weights + i);
-}
-
-// Blocks of rows in turn by parts of a panel that stay in the cache.
+// Blocks of rows in turn by parts of a panel that stay in the cache. Each block fetches its share
+// of the next part: other layers and pages have taken its place since the last product.
 template <typename Format>
 void multiply_many(const TileCall& call, int64_t begin, int64_t end) {
-  uint32_t partial[kRowsPerPass * 2 * F32::kLanes];
+  constexpr int64_t kStepBytes =
+      Format::kLoadsPerStep * kPanelWords * static_cast<int64_t>(sizeof(uint32_t));
+  uint32_t partial[kRowsPerPass * kPanelWords];
+  const char* weights = reinterpret_cast<const char*>(call.weights.panels);
   const int64_t num_rows = call.rows.num_rows, num_steps = call.weights.num_steps;
   const int num_blocks = static_cast<int>((num_rows + Format::kMaxRows - 1) / Format::kMaxRows);
+  const int64_t ahead_bytes = kPanelWords * sizeof(uint32_t) / num_blocks;
   for (int64_t panel = begin; panel < end; ++panel) {
     for (int64_t first = 0; first < num_steps; first += kStepsPerPass) {
       const int64_t last = first + kStepsPerPass < num_steps ? first + kStepsPerPass : num_steps;
+      const char* next = weights + (panel * num_steps + last) * kStepBytes;
+      const int64_t share = (last - first) * Format::kLoadsPerStep * ahead_bytes;
       for (int block = 0; block < num_blocks; ++block) {
         const Range rows = part_of(num_rows, block, num_blocks);
-        const Segment segment{first, last, partial + rows.begin * 2 * F32::kLanes};
+        const Segment segment{first, last, partial + rows.begin * kPanelWords, next + block * share,
+                              ahead_bytes};
         narrow_tile<Format>(rows.end - rows.begin)(call, panel, rows.begin, segment);
-        fetch_ahead<Format>(call, panel * num_steps + last, last - first, end * num_steps, block,
-                            num_blocks);
       }
     }
   }

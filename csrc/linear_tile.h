@@ -32,6 +32,11 @@ struct Segment {
   int64_t first;
   int64_t last;
   uint32_t* partial;  // [rows of the tile, kPanelWords]
+  // What will be read next, fetched little by little: so many bytes with each load of weights.
+  const char* ahead;
+  int64_t ahead_bytes;
+
+  HAV_INLINE void fetch(int64_t load) const { __builtin_prefetch(ahead + load * ahead_bytes); }
 };
 
 // The first row of the tile and its first panel; how many of each is the function's own.
@@ -61,6 +66,7 @@ struct Float32Format {
         reinterpret_cast<const float*>(call.weights.panels) + panel * panel_stride;
     const float* inputs = reinterpret_cast<const float*>(call.rows.words) + row * call.rows.stride;
     for (int64_t step = segment.first; step < segment.last; ++step) {
+      segment.fetch(step - segment.first);
       F32 columns[kPanels][2];
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
@@ -91,6 +97,7 @@ HAV_INLINE void add_word_steps(const TileCall& call, int64_t panel, int64_t row,
   const uint32_t* weights = call.weights.panels + panel * panel_stride;
   const uint32_t* inputs = call.rows.words + row * call.rows.stride;
   for (int64_t step = segment.first; step < segment.last; ++step) {
+    segment.fetch(step - segment.first);
     I32 columns[kPanels][2];
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
@@ -186,13 +193,14 @@ struct Int4Format {
                                    const Segment& segment, F32 (&sums)[kRows][kPanels][2]) {
     for (int64_t group = segment.first; group < segment.last; ++group) {
 #pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) add_group(call, panel + p, p, row, group, sums);
+      for (int p = 0; p < kPanels; ++p) add_group(call, panel + p, p, row, group, segment, sums);
     }
   }
 
   template <int kRows, int kPanels>
   static HAV_INLINE void add_group(const TileCall& call, int64_t panel, int p, int64_t row,
-                                   int64_t group, F32 (&sums)[kRows][kPanels][2]) {
+                                   int64_t group, const Segment& segment,
+                                   F32 (&sums)[kRows][kPanels][2]) {
     const PreparedRows& rows = call.rows;
     const int64_t index = panel * call.weights.num_steps + group;
     const uint32_t* weights = call.weights.panels + index * kLoadsPerStep * kPanelWords;
@@ -205,6 +213,7 @@ struct Int4Format {
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kLoadsPerStep; ++i) {
+      segment.fetch((group - segment.first) * kLoadsPerStep + i);
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
         const I32 nibbles = load_words(weights + i * kPanelWords + v * I32::kLanes);
