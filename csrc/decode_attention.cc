@@ -31,6 +31,12 @@ HAV_INLINE void prefetch(const Element* p, int64_t size) {
   for (int64_t i = 0; i < size; i += kStep) __builtin_prefetch(p + i);
 }
 
+// A width that the compiler knows unrolls the loops over it, and keeps queries in registers.
+template <int64_t kSize>
+struct Known {
+  HAV_INLINE constexpr operator int64_t() const { return kSize; }
+};
+
 // Keys and values of one head and one tile, by position. Element is float, or the bits of bfloat16.
 template <typename Element>
 struct Tile {
@@ -76,13 +82,13 @@ void find_tile(const Heads& heads, int64_t first, Tile<Element>* tile) {
 }
 
 // Products of kNum queries with a key, lane by lane.
-template <int kNum, typename Element>
-HAV_INLINE void multiply_lanes(const float* const* queries, const Element* key, int64_t size,
+template <int kNum, typename HeadDim, typename Element>
+HAV_INLINE void multiply_lanes(const float* const* queries, const Element* key, HeadDim head_dim,
                                F32* products, int64_t stride) {
   F32 sums[kNum];
   const F32 first = widened(key);
   for (int q = 0; q < kNum; ++q) sums[q] = load(queries[q]) * first;
-  for (int64_t i = F32::kLanes; i < size; i += F32::kLanes) {
+  for (int64_t i = F32::kLanes; i < head_dim; i += F32::kLanes) {
     const F32 part = widened(key + i);
     for (int q = 0; q < kNum; ++q) sums[q] = fma(load(queries[q] + i), part, sums[q]);
   }
@@ -96,9 +102,9 @@ struct Running {
 };
 
 // Scores of queries against a tile; lanes beyond the last key repeat it. Fetches the values.
-template <int kNum, typename Element>
-void score_tile(const float* const* queries, const Tile<Element>& tile, int64_t head_dim,
-                float scale, float (*scores)[kKeyTile]) {
+template <int kNum, typename HeadDim, typename Element>
+HAV_INLINE void score_tile(const float* const* queries, const Tile<Element>& tile, HeadDim head_dim,
+                           float scale, float (*scores)[kKeyTile]) {
   for (int first = 0; first < tile.num_keys; first += F32::kLanes) {
     F32 products[kNum][F32::kLanes];
     for (int lane = 0; lane < F32::kLanes; ++lane) {
@@ -156,10 +162,10 @@ HAV_INLINE void add_values(const Tile<Element>& tile, const Tile<Element>& next,
   }
 }
 
-template <int kNum, typename Element>
-void add_tile(const Tile<Element>& tile, const Tile<Element>& next,
-              const float (*weights)[kKeyTile], const float* earlier, int64_t head_dim,
-              float* const* context) {
+template <int kNum, typename HeadDim, typename Element>
+HAV_INLINE void add_tile(const Tile<Element>& tile, const Tile<Element>& next,
+                         const float (*weights)[kKeyTile], const float* earlier, HeadDim head_dim,
+                         float* const* context) {
   constexpr int64_t kWide = kVectorsAtOnce * F32::kLanes;
   int64_t offset = 0;
   for (; offset + kWide <= head_dim; offset += kWide) {
@@ -168,13 +174,13 @@ void add_tile(const Tile<Element>& tile, const Tile<Element>& next,
   for (; offset < head_dim; offset += F32::kLanes) {
     add_values<kNum, 1>(tile, next, weights, earlier, offset, context);
   }
+  for (int i = tile.num_keys; i < next.num_keys; ++i) prefetch(next.keys[i], head_dim);
 }
 
 // `first` is the first tile of these heads, `after` what is read next when they are done.
-template <int kNum, typename Element>
-void attend_heads(const Heads& heads, const Tile<Element>& first, const Tile<Element>& after,
-                  const float* const* queries, float* const* context) {
-  const int64_t head_dim = heads.cache.head_dim;
+template <int kNum, typename HeadDim, typename Element>
+void attend_heads(const Heads& heads, HeadDim head_dim, const Tile<Element>& first,
+                  const Tile<Element>& after, const float* const* queries, float* const* context) {
   Running running[kNum];
   float weights[kNum][kKeyTile];
   float earlier[kNum];
@@ -204,20 +210,34 @@ void attend_heads(const Heads& heads, const Tile<Element>& first, const Tile<Ele
 }
 
 // All query heads that share a key head; queries and context are those of the first.
-template <typename Element>
-void attend_group(const Heads& heads, const Tile<Element>& first, const Tile<Element>& after,
-                  int64_t num_queries, const float* queries, float* context) {
-  const int64_t head_dim = heads.cache.head_dim;
+template <typename HeadDim, typename Element>
+void attend_group(const Heads& heads, HeadDim head_dim, const Tile<Element>& first,
+                  const Tile<Element>& after, int64_t num_queries, const float* queries,
+                  float* context) {
   int64_t q = 0;
   for (; q + kQueriesAtOnce <= num_queries; q += kQueriesAtOnce) {
     const float* const pair[] = {queries + q * head_dim, queries + (q + 1) * head_dim};
     float* const results[] = {context + q * head_dim, context + (q + 1) * head_dim};
-    attend_heads<kQueriesAtOnce>(heads, first, after, pair, results);
+    attend_heads<kQueriesAtOnce>(heads, head_dim, first, after, pair, results);
   }
   for (; q < num_queries; ++q) {
     const float* const one[] = {queries + q * head_dim};
     float* const result[] = {context + q * head_dim};
-    attend_heads<1>(heads, first, after, one, result);
+    attend_heads<1>(heads, head_dim, first, after, one, result);
+  }
+}
+
+template <typename Element>
+void attend_group_of_any_width(const Heads& heads, const Tile<Element>& first,
+                               const Tile<Element>& after, int64_t num_queries,
+                               const float* queries, float* context) {
+  switch (heads.cache.head_dim) {
+    case 64:
+      return attend_group(heads, Known<64>{}, first, after, num_queries, queries, context);
+    case 128:
+      return attend_group(heads, Known<128>{}, first, after, num_queries, queries, context);
+    default:
+      return attend_group(heads, heads.cache.head_dim, first, after, num_queries, queries, context);
   }
 }
 
@@ -269,9 +289,9 @@ void attend_all(ThreadPool* pool, const hav_kv_cache& cache, const hav_attention
                   0, &after);
       }
       prepare(row, kv_head, heads);
-      attend_group(heads, tiles[task % 2], after, group,
-                   queries + row * query_stride + kv_head * group_size,
-                   context + row * context_stride + kv_head * group_size);
+      attend_group_of_any_width(heads, tiles[task % 2], after, group,
+                                queries + row * query_stride + kv_head * group_size,
+                                context + row * context_stride + kv_head * group_size);
     }
   });
 }
