@@ -60,8 +60,15 @@ float maximum(const float* values, int count) {
 }
 
 int argmax(const float* values, int count) {
+  constexpr int kRun = 64;  // values that are compared at once
   const float most = maximum(values, count);
-  for (int i = 0; i < count; ++i) {
+  int i = 0;
+  for (; i + kRun <= count; i += kRun) {
+    int32_t is_here = 0;
+    for (int j = 0; j < kRun; ++j) is_here |= values[i + j] == most ? 1 : 0;
+    if (is_here != 0) break;
+  }
+  for (; i < count; ++i) {
     if (values[i] == most) return i;
   }
   return 0;
@@ -89,15 +96,17 @@ int count_at_least(const float* weights, int count, float limit) {
   return num;
 }
 
-// Sum of the weights above a limit, in float64 and always in the same order.
+typedef float Floats __attribute__((vector_size(kSumLanes * sizeof(float))));
+typedef double Doubles __attribute__((vector_size(kSumLanes * sizeof(double))));
+
+// Sum of the weights above a limit of -1 or more, in float64 and always in the same order.
 double mass_above(const float* weights, int count, float limit) {
-  double lanes[kSumLanes] = {};
+  Doubles lanes = {};
+  Floats part;
   int i = 0;
   for (; i + kSumLanes <= count; i += kSumLanes) {
-    for (int lane = 0; lane < kSumLanes; ++lane) {
-      const float weight = weights[i + lane];
-      lanes[lane] += weight > limit ? static_cast<double>(weight) : 0.0;
-    }
+    __builtin_memcpy(&part, weights + i, sizeof part);
+    lanes += __builtin_convertvector(part > limit ? part : Floats{}, Doubles);
   }
   for (int lane = 0; i < count; ++i, ++lane) {
     lanes[lane] += weights[i] > limit ? static_cast<double>(weights[i]) : 0.0;
@@ -169,8 +178,12 @@ struct Candidates {
   }
 
   void keep_at_least(float limit) {
-    int num_kept = 0;
-    for (int i = 0; i < size; ++i) {
+    int num_kept = 0, i = 0;
+    for (; i + F32::kLanes <= size; i += F32::kLanes) {
+      num_kept += store_at_least(load(weights + i), load_i32(codes + i), limit, weights + num_kept,
+                                 codes + num_kept);
+    }
+    for (; i < size; ++i) {
       const float weight = weights[i];
       weights[num_kept] = weight;
       codes[num_kept] = codes[i];

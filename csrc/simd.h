@@ -7,6 +7,8 @@
 //   dot2_bf16, dot4_s8, dot4_u4   sum plus, in each 32-bit lane, the products of its two bfloat16s,
 //                  four signed bytes, or four unsigned nibbles (a byte each) with signed bytes
 //   sum, max_of    over the lanes, always in the same order
+//   store_at_least the lanes of a that reach a limit, closed up, and those of b beside them; their
+//                  number. What lies behind them, up to a whole vector, is overwritten
 //   *_up_to        only the first `count` lanes; the others are 0 on loading and stay unwritten
 //
 // Compiled with -ffp-contract=off: what is written decides what is rounded, not the optimiser.
@@ -32,6 +34,22 @@
 #endif
 
 namespace hav::HAV_ISA {
+
+#if !defined(HAV_SIMD_AVX512)
+HAV_INLINE int store_at_least(F32 a, I32 b, float limit, float* to_a, int32_t* to_b) {
+  float values[F32::kLanes];
+  int32_t others[F32::kLanes];
+  store(values, a);
+  store_i32(others, b);
+  int num_kept = 0;
+  for (int lane = 0; lane < F32::kLanes; ++lane) {
+    to_a[num_kept] = values[lane];
+    to_b[num_kept] = others[lane];
+    num_kept += values[lane] >= limit ? 1 : 0;
+  }
+  return num_kept;
+}
+#endif
 
 HAV_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 

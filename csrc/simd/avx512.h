@@ -73,6 +73,13 @@ HAV_INLINE void store_s8_up_to(int8_t* p, I32 a, int64_t count) {
   _mm512_mask_cvtsepi32_storeu_epi8(p, first_lanes(count), a.v);
 }
 
+HAV_INLINE int store_at_least(F32 a, I32 b, float limit, float* to_a, int32_t* to_b) {
+  const __mmask16 kept = _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(limit), _CMP_GE_OQ);
+  _mm512_storeu_ps(to_a, _mm512_maskz_compress_ps(kept, a.v));
+  _mm512_storeu_si512(to_b, _mm512_maskz_compress_epi32(kept, b.v));
+  return __builtin_popcount(kept);
+}
+
 HAV_INLINE I32 load_words(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 HAV_INLINE I32 splat_word(const uint32_t* p) {
   int32_t word;
