@@ -39,7 +39,7 @@ from vllm.checkpoint_config import HiggsAudioConfig
 from vllm.v1.core.sched_output import StepKind
 
 PEER = Path(__file__).with_name("_vllm_cpu_peer.py")
-FORMATS = ("float32", "int8")  # of ours
+FORMATS = ("float32", "int8", "int8/bfloat16")  # of our weights, and behind a slash of pages
 PROMPT_LEN = 32
 NUM_WARM_STEPS = 5
 PEER_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "bfloat16"}
@@ -48,6 +48,7 @@ TARGETS: list[tuple[str, tuple[str, ...], dict[int, tuple[float, float]]]] = [
     ("float32", ("float32",), {1: (1.8, 2.5), 8: (1.3, 2), 32: (1.2, 2)}),
     ("int8", ("float32",), {}),
     ("int8", tuple(PEER_DTYPES), {1: (4, 6), 8: (3, 5), 32: (3, 5)}),
+    ("int8/bfloat16", tuple(PEER_DTYPES), {1: (4, 6), 8: (3, 5), 32: (3, 5)}),
 ]
 
 Turn = Callable[[int, "Settings"], list[float]]  # of a round: seconds of each step
@@ -91,13 +92,15 @@ class Ours:
     """An engine of ours, whose scheduler tells when a step decodes every request."""
 
     def __init__(self, folder: Path, weight_format: str, max_num_seqs: int, num_threads: int):
-        options = {} if weight_format == "float32" else {"quantization": weight_format}
+        weights, _, pages = weight_format.partition("/")
+        options = {} if weights == "float32" else {"quantization": weights}
         self._core = make_core(
             folder,
             decodes_audio=False,
             max_num_seqs=max_num_seqs,
             cpu_threads=num_threads,
             enable_prefix_caching=False,
+            kv_cache_dtype=pages or "auto",
             **options,
         )
         self._plan: Any = None
