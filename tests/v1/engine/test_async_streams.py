@@ -162,19 +162,62 @@ def test_a_later_part_that_cannot_be_made_ends_its_own_request_alone(
         llm = scripted()
         await llm.start()
         bad = asyncio.create_task(collect(llm, "bad", "good|broken"))
-        await llm._client.added.get()
+        bad_part = await llm._client.added.get()
         good = asyncio.create_task(collect(llm, "good", "good|good"))
-        await llm._client.added.get()
+        good_part = await llm._client.added.get()
         stop = FinishReason.STOP
         llm._client.say(
-            EngineCoreOutput("bad", finish_reason=stop),
-            EngineCoreOutput("good", finish_reason=stop),
+            EngineCoreOutput(bad_part.request_id, finish_reason=stop),
+            EngineCoreOutput(good_part.request_id, finish_reason=stop),
         )
         with pytest.raises(EngineError, match="nobody expected this"):
             await bad
-        assert (await llm._client.added.get()).request_id == "good#1"
-        llm._client.say(EngineCoreOutput("good#1", finish_reason=stop))
+        last_part = await llm._client.added.get()
+        llm._client.say(EngineCoreOutput(last_part.request_id, finish_reason=stop))
         assert (await good)[-1].finish_reason is stop
+        await llm.shutdown()
+
+    run(test)
+
+
+def test_a_name_may_be_used_again_while_the_engine_still_speaks_of_its_last_owner(
+    scripted: Callable[[], Any],
+) -> None:
+    async def test() -> None:
+        llm = scripted()
+        await llm.start()
+        left = asyncio.create_task(collect(llm, "name", "good"))
+        old = await llm._client.added.get()
+        left.cancel()
+        await asyncio.wait({left})
+        assert llm._client.aborted == [(old.request_id, FinishReason.ABORT)]
+        reader = asyncio.create_task(collect(llm, "name", "good"))
+        new = await llm._client.added.get()
+        llm._client.say(
+            EngineCoreOutput(old.request_id, finish_reason=FinishReason.ABORT),
+            EngineCoreOutput(new.request_id, finish_reason=FinishReason.STOP),
+        )
+        assert [item.finish_reason for item in await reader] == [FinishReason.STOP]
+        await llm.shutdown()
+
+    run(test)
+
+
+def test_no_name_is_that_of_another_requests_part(scripted: Callable[[], Any]) -> None:
+    async def test() -> None:
+        llm = scripted()
+        await llm.start()
+        readers, ids = [], []
+        for name in ("a", "a#1", "a#1.0"):
+            readers.append(asyncio.create_task(collect(llm, name, "good|good")))
+            ids.append((await llm._client.added.get()).request_id)
+        stop = FinishReason.STOP
+        llm._client.say(*(EngineCoreOutput(each, finish_reason=stop) for each in ids))
+        later = [(await llm._client.added.get()).request_id for _ in readers]
+        assert len({*ids, *later}) == 6
+        llm._client.say(*(EngineCoreOutput(each, finish_reason=stop) for each in later))
+        names = [(await reader)[-1].request_id for reader in readers]
+        assert names == ["a", "a#1", "a#1.0"]
         await llm.shutdown()
 
     run(test)
@@ -203,8 +246,8 @@ def test_a_time_limit_counts_from_the_call_and_not_from_when_it_was_prepared(
         called_before = loop.time()
         monkeypatch.setattr(loop, "call_at", watched)
         processor.may_go_on.set()
-        await llm._client.added.get()
-        llm._client.say(EngineCoreOutput("slow", finish_reason=FinishReason.STOP))
+        part = await llm._client.added.get()
+        llm._client.say(EngineCoreOutput(part.request_id, finish_reason=FinishReason.STOP))
         await reader
         assert max(deadlines) < called_before + limit_s
         await llm.shutdown()

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,8 @@ __all__ = ["Guards", "Part", "SpeechTask", "frames_of"]
 _GOES_ON = frozenset({FinishReason.STOP, FinishReason.SILENCE, FinishReason.TEXT_LENGTH})
 # A task that ends so has been broken off: whoever listened still waits for audio.
 _BREAKS_OFF = frozenset({FinishReason.ABORT, FinishReason.DEADLINE, FinishReason.ERROR})
+
+_task_numbers = count()  # of all tasks of this process
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class SpeechTask:
         self._arrival_time = arrival_time
         self._priority = priority
         self._player = player
+        self._number = next(_task_numbers)
         self._index = 0
         self._usage = Usage()
         self._queue_time_s = 0.0
@@ -113,8 +117,12 @@ class SpeechTask:
 
     @property
     def core_id(self) -> str:
-        """Id of the current part in the engine."""
-        return self.request_id if self._index == 0 else f"{self.request_id}#{self._index}"
+        """Id of the current part in the engine, which no other part has ever had.
+
+        So a name may be used again while the engine still speaks of the request that had it, and no
+        name can be that of another request's part.
+        """
+        return f"{self.request_id}#{self._number}.{self._index}"
 
     def next_request(self) -> EngineCoreRequest:
         """Engine request of the current part.
