@@ -80,7 +80,7 @@ _VARIABLES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "VLLM_CACHE_ROOT": (
         _cache_root,
-        "folder for encoded reference clips and the embedded model; default ~/.cache/higgs-audio-vllm",
+        "folder for encoded clips, uploaded voices and the random model; default ~/.cache/higgs-audio-vllm",
     ),
     "VLLM_LOGGING_LEVEL": (_level, "debug, info, warning, error or critical; default info"),
     "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": (
