@@ -312,6 +312,15 @@ def test_codes_outside_of_the_table_are_refused(
     assert recorder.reasons("ok") == [FinishReason.LENGTH]
 
 
+def test_clips_are_refused_by_a_codec_without_an_encoder(make_driver: Callable[..., Any]) -> None:
+    processor = make_driver().processor
+    processor._info = dataclasses.replace(processor._info, can_encode=False)
+    prompt = SpeechPrompt(text="Hi.", ref_audio=np.zeros(960, np.float32), ref_text="Hi.")
+    with pytest.raises(InvalidRequestError, match="no encoder") as caught:
+        processor.process("r", prompt, SamplingParams())
+    assert caught.value.param == "ref_audio"
+
+
 def test_inline_clips_need_samples(make_driver: Callable[..., Any]) -> None:
     driver = make_driver()
     bad = SpeechPrompt(text="Hi.", ref_audio=np.zeros((2, 2), np.float32), ref_text="Hi.")
