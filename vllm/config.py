@@ -194,6 +194,12 @@ class DeviceConfig:
         "9.0); prefetch: and ask for their first weights meanwhile",
         choices=("off", "on", "prefetch"),
     )
+    codec_kernels: Literal["auto", "torch"] = _option(
+        "auto",
+        "auto decodes audio with the engine's own kernels where there are such for the device; "
+        "torch: with torch's convolutions, in float32",
+        choices=("auto", "torch"),
+    )
 
     def __post_init__(self) -> None:
         _require(
@@ -203,6 +209,10 @@ class DeviceConfig:
         _require(
             self.dependent_launch in ("off", "on", "prefetch"),
             f"--dependent-launch {self.dependent_launch!r}: off, on or prefetch",
+        )
+        _require(
+            self.codec_kernels in ("auto", "torch"),
+            f"--codec-kernels {self.codec_kernels!r}: auto or torch",
         )
 
 

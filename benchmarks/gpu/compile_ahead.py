@@ -28,9 +28,11 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.gpu import floors, kernel_cases, linear_cases
+from benchmarks.gpu.codec import load_pairs
 from benchmarks.gpu.ledger import Ledger
 from benchmarks.gpu.random_engine import drawn_weights
 from benchmarks.gpu.suite import FULL, TOY, Scale, Suite
+from vllm.checkpoints.make_codec import make_codec
 from vllm.checkpoints.make_model import make_model
 from vllm.forward_context import set_forward_context
 from vllm.kernels.attention import PrefillMetadata, PrefillSequence
@@ -49,11 +51,13 @@ _BLOCK_SIZE = 16
 class Task(NamedTuple):
     """What one process builds: the kernels for one bucket of rows."""
 
-    kind: str  # "step", or "case" for what sections correctness and micro call by itself
-    num_rows: int
-    is_fp8: bool
+    kind: str  # "step", "case" for what sections correctness and micro call by itself, "codec"
+    num_rows: int = 0
+    is_fp8: bool = False
 
     def __str__(self) -> str:
+        if self.kind == "codec":
+            return self.kind
         return f"{self.kind} of {self.num_rows} rows{', fp8' if self.is_fp8 else ''}"
 
 
@@ -61,6 +65,7 @@ def tasks(*, is_quick: bool) -> list[Task]:
     """All of them, those that most depend on first."""
     formats = (False,) if is_quick else (False, True)
     found = [Task("step", rows, each) for each in formats for rows in ROW_BUCKETS]
+    found.append(Task("codec"))
     # In other types than a step has them: results of heads, inputs of fp8.
     return found + [Task("case", rows, each) for each in formats for rows in ROW_BUCKETS]
 
@@ -98,7 +103,7 @@ def build(task: Task, device: str, is_tiny: bool) -> str | None:
         try:
             suite = _suite(Path(name), scale, torch.device(device))
             with torch.inference_mode():
-                (_step if task.kind == "step" else _cases)(suite, task)
+                {"step": _step, "case": _cases, "codec": _codec}[task.kind](suite, task)
             if suite.is_cuda:
                 torch.cuda.synchronize()
         except Exception:
@@ -155,6 +160,14 @@ def _step(suite: Suite, task: Task) -> None:
     hidden = torch.zeros(count, config.hidden_size, dtype=suite.scale.dtype, device=device)
     with set_forward_context(metadata, caches):
         model.fill_cache(hidden, rows, count // 2 + 1)
+
+
+def _codec(suite: Suite, _: Task) -> None:
+    """Loading the codec builds what decodes; its kernels are the same for any number of rows."""
+    folder = suite.folder / "codec"
+    make_codec(folder, layout="transformers", size=suite.scale.codec, seed=0, decode_only=True)
+    if suite.is_cuda:
+        load_pairs(suite)
 
 
 def _cases(suite: Suite, task: Task) -> None:

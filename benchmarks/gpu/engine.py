@@ -35,9 +35,10 @@ def run(suite: Suite) -> None:
     with suite.attempt("engine"):
         _whole_engine(suite, middle)
     if suite.is_cuda:
-        if "tf32" in suite.ablations:
-            with suite.attempt("convolutions in TF32"):
-                _with_rounded_convolutions(suite, middle)
+        for ablation, rounds in (("cudnn", False), ("tf32", True)):
+            if ablation in suite.ablations:
+                with suite.attempt(f"convolutions by cuDNN, {ablation}"):
+                    _with_library_convolutions(suite, middle, rounds=rounds)
         with suite.attempt("small card"):
             _small_card(suite, "", {}, scale.dtype.itemsize)
         if "fp8" in suite.ablations:
@@ -110,20 +111,22 @@ def _throughput(
     )
 
 
-def _with_rounded_convolutions(suite: Suite, streams: int) -> None:
-    """What it costs that cuDNN may not round: the same traffic with convolutions in TF32."""
+def _with_library_convolutions(suite: Suite, streams: int, *, rounds: bool) -> None:
+    """What our own codec kernels are worth: the same traffic with cuDNN's, in float32 or TF32."""
+    kind = "TF32" if rounds else "float32"
     if suite.is_over:
-        suite.note("no time left for convolutions in TF32")
+        suite.note(f"no time left for convolutions by cuDNN in {kind}")
         return
 
-    def use_tf32() -> None:
-        torch.backends.cudnn.allow_tf32 = True
+    def choose() -> None:
+        torch.backends.cudnn.allow_tf32 = rounds
 
+    options = {"max_num_seqs": streams, "codec_kernels": "torch"}
     with (
-        mock.patch.object(worker_module, "use_float32_convolutions", use_tf32),
-        open_core(suite, decodes_audio=True, max_num_seqs=streams) as core,
+        mock.patch.object(worker_module, "use_float32_convolutions", choose),
+        open_core(suite, decodes_audio=True, **options) as core,
     ):
-        _throughput(suite, core, streams, suite.scale.short, suffix=", codec in TF32")
+        _throughput(suite, core, streams, suite.scale.short, suffix=f", codec by cuDNN in {kind}")
     torch.backends.cudnn.allow_tf32 = False
 
 

@@ -31,7 +31,8 @@ ABLATIONS = {
     "prefetch": "and ask for their first weights meanwhile",
     "fp8-weights": "weights of one byte",
     "fp8": "weights and keys and values of one byte",
-    "tf32": "the codec's convolutions rounded by cuDNN",
+    "cudnn": "the codec's convolutions by cuDNN, in float32",
+    "tf32": "the codec's convolutions by cuDNN, which rounds them",
 }
 
 T = TypeVar("T")

@@ -24,12 +24,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from vllm.kernels.pair_wave_decoder import PairWaveDecoder
 from vllm.kernels.quantize import QuantizedWeight, WeightFormat
 from vllm.kernels.sampler import DeviceSampler
 from vllm.kernels.skinny_linear import (
     LinearWorkspace, ResidualRows, embed_frames, gated_linear, normed_linear, residual_linear
 )
 from vllm.kernels.triton import decode_attention, prefill_attention, rope_write_kv
+from vllm.model_executor.codecs.higgs import HiggsCodec, HiggsCodecConfig
 from vllm.model_executor.framing import DelayPattern
 from vllm.model_executor.heads import CodebookState
 from vllm.v1.worker.cuda_graphs import batch_buckets
@@ -123,11 +125,24 @@ def sampler(counts):
         draw(torch.empty(count, 8, 1026), torch.zeros(count, dtype=torch.int64), results)
 
 
+def windows(counts):
+    for count in counts:
+        decode_windows(torch.zeros(count % 5 + 1, 8, count, dtype=torch.int64))
+
+
+with torch.device("meta"):
+    codec = HiggsCodec(HiggsCodecConfig(decode_only=True))
+codec.to_empty(device=cpu)
+layers = list(codec.acoustic_decoder.layers())
+decode_windows = PairWaveDecoder(codec.table, codec.table_bias, 8, layers, arch=90)
+
+
 def everything(counts):
     for is_fp8 in (False, True):
         products(is_fp8, counts)
         attention(torch.float8_e4m3fn if is_fp8 else bf16, counts)
     sampler(counts)
+    windows([count % 50 + 1 for count in counts])
 
 
 everything(batch_buckets(MAX_ROWS))
@@ -161,7 +176,7 @@ def test_a_card_takes_every_launch(built: dict[str, dict[str, int]]) -> None:
     assert set(built["recorded"]) == {
         *("embed_frames_kernel", "linear_kernel", "residual_linear_kernel", "gated_linear_kernel"),
         *("decode_attention_kernel", "prefill_attention_kernel", "rope_write_kv_kernel"),
-        "sample_frames_kernel",
+        *("sample_frames_kernel", "sum_codes_kernel", "convolve_kernel", "samples_kernel"),
     }
 
 
@@ -187,3 +202,6 @@ def test_kernels_are_told_apart_by_nothing_but_their_sizes(
     assert recorded["gated_linear_kernel"] <= 2 * 5
     assert recorded["linear_kernel"] <= 2 * 2 * 5
     assert recorded["residual_linear_kernel"] <= 2 * 2 * 5
+    # The first one, and of each width upsampling, dilated, and residual with more to come or none.
+    assert recorded["convolve_kernel"] == 1 + 5 * 4
+    assert recorded["sum_codes_kernel"] == recorded["samples_kernel"] == 1

@@ -74,6 +74,56 @@ def test_what_the_native_library_cannot_decode_is_decoded_by_torch(
     torch.testing.assert_close(other.decode(codes), codec.decode(codes), rtol=0, atol=1e-5)
 
 
+class StandIn:
+    """For the decoder on CUDA, where this is none."""
+
+    device = torch.device("cpu")
+    is_built = False
+
+    def __init__(self, table, table_bias, num_codebooks, layers):
+        assert len(table) == num_codebooks * 1024
+        assert len(layers) == 37
+
+    def build(self):
+        self.is_built = True
+
+    def __call__(self, codes):
+        assert self.is_built
+        return torch.arange(codes.shape[2] * 960.0).expand(len(codes), -1)
+
+
+@torch.inference_mode()
+def test_kernels_of_the_device_decode_unless_torch_is_to(codec, codec_folders, monkeypatch):
+    monkeypatch.setattr(higgs, "can_decode_in_pairs", lambda device: True)
+    monkeypatch.setattr(higgs, "PairWaveDecoder", StandIn)
+    folder, codes = codec_folders["decode_only"], random_codes(5, batch=2)
+    with native.disabled():
+        part = load_codec(folder, device="cpu").decode_part(codes, 2, 4)
+        assert torch.equal(part, torch.arange(2 * 960.0, 4 * 960.0).expand(2, -1))
+        for other in ({"uses_kernels": False}, {"dtype": torch.float64}):
+            by_torch = load_codec(folder, device="cpu", **other).decode(codes)
+            torch.testing.assert_close(by_torch, codec.decode(codes), rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_kernels_that_cannot_be_built_leave_the_codec_to_torch(
+    codec, codec_folders, monkeypatch, caplog
+):
+    def fail(self):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(higgs, "can_decode_in_pairs", lambda device: True)
+    monkeypatch.setattr(higgs, "PairWaveDecoder", StandIn)
+    monkeypatch.setattr(StandIn, "build", fail)
+    with native.disabled(), caplog.at_level("WARNING"):
+        other = load_codec(codec_folders["decode_only"], device="cpu")
+        codes = random_codes(4)
+        torch.testing.assert_close(other.decode(codes), codec.decode(codes), rtol=0, atol=1e-5)
+    assert [record.getMessage() for record in caplog.records] == [
+        "torch decodes the codec's frames, not our kernels: no compiler"
+    ]
+
+
 @pytest.mark.parametrize("num_frames", [1, 7, 40])
 @torch.inference_mode()
 def test_encode_equals_the_reference(codec, reference, num_frames):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vllm.exceptions import CheckpointError, InvalidRequestError
 from vllm.kernels import native
+from vllm.kernels.pair_wave_decoder import PairWaveDecoder, can_decode_in_pairs
 from vllm.kernels.wave_decoder import WaveDecoder, WaveLayer
 from vllm.logger import get_logger
 from vllm.model_executor.codecs.hubert import Hubert, HubertConfig, resample
@@ -155,7 +156,8 @@ class HiggsCodec(Codec):
         self.context_frames = config.context_frames
         self.can_encode = not config.decode_only
         self.fingerprint = ""
-        self._wave_decoder: WaveDecoder | None = None
+        self._wave_decoder: WaveDecoder | None = None  # on a CPU
+        self._pair_decoder: PairWaveDecoder | None = None  # on CUDA
         self.quantizer = _Quantizer(config)
         self.fc2 = nn.Linear(config.quantizer_size, config.acoustic_size)
         self.acoustic_decoder = _Decoder(config)
@@ -175,7 +177,12 @@ class HiggsCodec(Codec):
 
     @classmethod
     def from_folder(
-        cls, folder: Path, *, device: torch.device | str, dtype: torch.dtype = torch.float32
+        cls,
+        folder: Path,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        uses_kernels: bool = True,
     ) -> HiggsCodec:
         """Load a checkpoint of either layout; raises CheckpointError naming every bad tensor."""
         config = HiggsCodecConfig.from_dict(read_config(folder))
@@ -187,7 +194,8 @@ class HiggsCodec(Codec):
         load_strict(codec.state_dict(), tensors, source=str(folder))
         codec.finish_loading()
         codec.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        codec._pack_decoder()
+        if uses_kernels and dtype == torch.float32:
+            codec._pack_decoder()
         return codec
 
     @torch.no_grad()
@@ -216,15 +224,23 @@ class HiggsCodec(Codec):
         self.fingerprint = _digest(sizes, decoding | _only(codebooks, ("embed", "project_out")))
 
     def _pack_decoder(self) -> None:
-        """Hold the decoder for the native library as well, where that can run it."""
-        is_native = self.table.device.type == "cpu" and self.table.dtype == torch.float32
-        if not is_native or native.loaded_library() is None:
-            return
+        """Hold the decoder for the device's own kernels as well, where there are such."""
         layers = list(self.acoustic_decoder.layers())
+        chain = (self.table, self.table_bias, self.num_codebooks, layers)
+        if can_decode_in_pairs(self.table.device):
+            try:
+                pair_decoder = PairWaveDecoder(*chain)
+                pair_decoder.build()
+            except (
+                Exception
+            ) as error:  # of any kind: a compiler's, a driver's, a chain that is none
+                logger.warning("torch decodes the codec's frames, not our kernels: %s", error)
+            else:
+                self._pair_decoder = pair_decoder
+        if self.table.device.type != "cpu" or native.loaded_library() is None:
+            return
         try:
-            self._wave_decoder = WaveDecoder(
-                self.table, self.table_bias, self.num_codebooks, layers
-            )
+            self._wave_decoder = WaveDecoder(*chain)
         except ValueError as error:
             logger.warning("torch decodes the codec's frames, not the native library: %s", error)
 
@@ -237,11 +253,15 @@ class HiggsCodec(Codec):
         return self.decode_part(codes, 0, codes.shape[-1])
 
     def decode_part(self, codes: Tensor, first: int, last: int) -> Tensor:
-        wave_decoder = self._wave_decoder
-        if wave_decoder is None or native.loaded_library() is None or codes.device.type != "cpu":
+        wave_decoder, on_cpu = self._wave_decoder, codes.device.type == "cpu"
+        if wave_decoder is not None and native.loaded_library() is not None and on_cpu:
+            return torch.stack([wave_decoder(each, first, last) for each in codes])
+        pair_decoder = self._pair_decoder
+        if pair_decoder is not None and codes.device == pair_decoder.device:
+            samples = pair_decoder(codes)
+        else:
             samples = self._decode_with_torch(codes)
-            return samples[:, first * self.hop_length : last * self.hop_length]
-        return torch.stack([wave_decoder(each, first, last) for each in codes])
+        return samples[:, first * self.hop_length : last * self.hop_length]
 
     def _decode_with_torch(self, codes: Tensor) -> Tensor:
         rows = codes + self.row_offsets  # [batch, K, T]

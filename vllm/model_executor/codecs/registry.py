@@ -37,9 +37,19 @@ def is_codec(folder: Path) -> bool:
 
 
 def load_codec(
-    folder: Path, *, device: torch.device | str, dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    uses_kernels: bool = True,
 ) -> Codec:
     """Load the codec in a local folder.
+
+    Args:
+        folder: with configuration and weights.
+        device: where it computes.
+        dtype: of weights and activations; our own kernels are float32's alone.
+        uses_kernels: decode with our own kernels where they are for the device; else with torch.
 
     Raises:
         CheckpointError: the codec is of no known kind, or its tensors do not fit its sizes; the
@@ -48,7 +58,9 @@ def load_codec(
     model_type = _model_type(read_config(folder), folder)
     module_name, class_name = _CODECS[model_type]
     codec_class = getattr(import_module(module_name), class_name)
-    codec: Codec = codec_class.from_folder(folder, device=device, dtype=dtype)
+    codec: Codec = codec_class.from_folder(
+        folder, device=device, dtype=dtype, uses_kernels=uses_kernels
+    )
     return codec
 
 

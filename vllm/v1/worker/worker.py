@@ -105,7 +105,8 @@ class Worker:
         )
         num_threads = self._use_threads()
         use_float32_convolutions()
-        codec = load_codec(codec_folder, device=device)
+        uses_kernels = config.device.codec_kernels == "auto"
+        codec = load_codec(codec_folder, device=device, uses_kernels=uses_kernels)
         _check_fit(self._model, codec)
         self._prepare_invariance()
         self._max_num_seqs = config.scheduler.max_num_seqs or _MAX_NUM_SEQS[device.type]
