@@ -36,6 +36,7 @@ from benchmarks.gpu import floors
 from benchmarks.gpu.ledger import Ledger
 from benchmarks.gpu.random_engine import write_folder
 from benchmarks.gpu.suite import ABLATIONS, FULL, QUICK, TOY, Suite
+from vllm.platforms import is_lost
 
 SECTIONS = (
     "ceilings",
@@ -100,20 +101,12 @@ def _run_all(suite: Suite, sections: Sequence[str], path: Path | None) -> bool:
     """All sections; False if the device was lost on the way, as after an illegal access."""
     for index, section in enumerate(sections):
         _run(suite, section)
-        is_lost = suite.is_cuda and not _answers(suite.device)
-        if is_lost:
+        has_ended = is_lost(suite.device)
+        if has_ended:
             suite.note(f"the device is lost; left for a new process: {sections[index + 1 :]}")
         _write(path, suite)
-        if is_lost:
+        if has_ended:
             return False
-    return True
-
-
-def _answers(device: torch.device) -> bool:
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return False
     return True
 
 
@@ -230,7 +223,7 @@ def _run(suite: Suite, section: str) -> None:
     finally:
         faulthandler.cancel_dump_traceback_later()
     gc.collect()
-    if suite.is_cuda and _answers(suite.device):
+    if suite.is_cuda and not is_lost(suite.device):
         torch.cuda.empty_cache()
     figures = suite.ledger.of(section)
     if figures:

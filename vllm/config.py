@@ -192,7 +192,6 @@ class DeviceConfig:
         "off",
         "on: kernels of a decode step start before the ones ahead have ended (compute capability "
         "9.0); prefetch: and ask for their first weights meanwhile",
-        choices=("off", "on", "prefetch"),
     )
     codec_kernels: Literal["auto", "torch"] = _option(
         "auto",

@@ -203,9 +203,8 @@ def test_a_case_that_fails_is_a_failure_of_its_own(
 
 def test_a_lost_device_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suite, ran = make_suite(tmp_path), []
-    monkeypatch.setattr(Suite, "is_cuda", True)
     monkeypatch.setattr(gpu_suite, "_run", lambda _, section: ran.append(section))
-    monkeypatch.setattr(gpu_suite, "_answers", lambda _: len(ran) < 2)
+    monkeypatch.setattr(gpu_suite, "is_lost", lambda _: len(ran) >= 2)
     assert not gpu_suite._run_all(suite, ["ceilings", "step", "codec"], None)
     assert ran == ["ceilings", "step"]
     assert "codec" in suite.ledger.notes[-1]
