@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from typing import Any
 
 import httpx
 import pytest
 
+from vllm.entrypoints.bosonai.api_server import _bind
 from vllm.entrypoints.bosonai.engine_host import EngineHost, HostState
+from vllm.entrypoints.cli_args import parse_serve_args
 from vllm.exceptions import ConfigError, InvalidRequestError
 
 LIMIT_S = 100  # bounds a hang
@@ -44,6 +47,25 @@ def test_models_without_a_download_say_what_they_are(live: Any, start_server: An
 def test_voices(live: Any) -> None:
     voices = live.client.get("/v1/audio/voices").json()["voices"]
     assert [voice["id"] for voice in voices] == ["en_woman", "en_man", "de_man"]
+
+
+def test_replies_do_not_wait_until_their_first_packet_is_acknowledged() -> None:
+    async def delays() -> list[int]:
+        seen: asyncio.Queue[int] = asyncio.Queue()
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            seen.put_nowait(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = _bind(parse_serve_args(["--host", "127.0.0.1", "--port", "0"]))
+        async with await asyncio.start_server(accept, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.close()
+            async with asyncio.timeout(LIMIT_S):
+                return [await seen.get()]
+
+    assert asyncio.run(delays()) == [1]
 
 
 def test_loading(start_server: Any, fake_engine: Any) -> None:
