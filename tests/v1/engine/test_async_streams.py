@@ -49,13 +49,17 @@ class ScriptedClient:
     def __init__(self, _config: EngineConfig) -> None:
         self.added: asyncio.Queue[EngineCoreRequest] = asyncio.Queue()
         self.aborted: list[tuple[str, FinishReason]] = []
-        self._said: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self.has_ended = asyncio.Event()
+        self._said: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
 
     def say(self, *outputs: EngineCoreOutput) -> None:
         self._said.put_nowait(EngineCoreOutputs(outputs))
 
     def fail(self) -> None:
         self._said.put_nowait(FAILURE)
+
+    def babble(self) -> None:
+        self._said.put_nowait(ValueError("this is no message"))
 
     async def start(self) -> EngineInfo:
         return INFO
@@ -67,10 +71,16 @@ class ScriptedClient:
         self.aborted += [(request_id, reason) for request_id in request_ids]
 
     async def get_outputs(self) -> EngineCoreOutputs:
-        return await self._said.get()
+        said = await self._said.get()
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+    async def wait_dead(self) -> None:
+        await self.has_ended.wait()
 
     async def shutdown(self) -> None:
-        pass
+        self.has_ended.set()
 
 
 class ScriptedProcessor:
@@ -151,6 +161,21 @@ def test_a_request_that_was_prepared_while_the_engine_died_is_told(
             await reader
         assert llm._client.added.empty()
         await llm.shutdown()
+
+    run(test)
+
+
+def test_an_engine_that_cannot_be_understood_is_ended(scripted: Callable[[], Any]) -> None:
+    async def test() -> None:
+        llm = scripted()
+        await llm.start()
+        reader = asyncio.create_task(collect(llm, "open", "Hello."))
+        await llm._client.added.get()
+        llm._client.babble()
+        with pytest.raises(EngineDeadError, match="this is no message"):
+            await reader
+        await llm.wait_dead()
+        assert llm.is_dead
 
     run(test)
 

@@ -242,6 +242,10 @@ class AsyncLLM(Generic[VoicesT]):
                     await self._deliver(output)
         except HiggsAudioError as error:
             self._die(error)
+        except Exception as error:  # with nobody to read on, every stream would wait for ever
+            logger.exception("what the engine says cannot be read")
+            self._die(EngineDeadError(f"what the engine says cannot be read: {error}"))
+            await self._client.shutdown()
 
     async def _deliver(self, output: EngineCoreOutput) -> None:
         stream = self._streams.get(output.request_id)
