@@ -6,13 +6,17 @@
 namespace hav::HAV_ISA {
 namespace {
 
-constexpr int kKeyTile = 64;       // positions; tiles start at multiples of it
 constexpr int kQueriesAtOnce = 2;  // heads that share the loads of a key
+constexpr int kKeysAtOnce = 4;     // that share the loads of queries
 constexpr int kVectorsAtOnce = 4;  // of a value, in registers over all keys of a tile
 constexpr float kNothingSeen = -1e30f;
 constexpr int64_t kCacheLine = 64;  // bytes
 // Head rows from which a second thread saves more than it costs.
 constexpr int64_t kGrainHeads = 2;
+
+// Positions of a tile at most, so that its keys and values stay in the first cache.
+template <typename Element>
+constexpr int kKeyTile = 256 / sizeof(Element);
 
 HAV_INLINE F32 widened(const float* p) { return load(p); }
 HAV_INLINE F32 widened(const uint16_t* p) { return load_bf16(p); }
@@ -31,7 +35,7 @@ HAV_INLINE void prefetch(const Element* p, int64_t size) {
   for (int64_t i = 0; i < size; i += kStep) __builtin_prefetch(p + i);
 }
 
-// A width that the compiler knows unrolls the loops over it, and keeps queries in registers.
+// A width that the compiler knows unrolls the loops over it.
 template <int64_t kSize>
 struct Known {
   HAV_INLINE constexpr operator int64_t() const { return kSize; }
@@ -40,7 +44,7 @@ struct Known {
 // Keys and values of one head and one tile, by position. Element is float, or the bits of bfloat16.
 template <typename Element>
 struct Tile {
-  const Element* keys[kKeyTile];
+  const Element* keys[kKeyTile<Element>];  // in a last vector behind num_keys the last one's
   int64_t value_offset;
   int num_keys;
 };
@@ -62,11 +66,21 @@ Element* key_at(const Heads& heads, int64_t position) {
          heads.kv_head * cache.head_stride + position % cache.block_size * cache.position_stride;
 }
 
+// Positions of each tile but the last. Tiles of like size leave, while one is worked on, the time
+// to fetch the next.
+template <typename Element>
+int64_t tile_size(int64_t num_positions) {
+  const int64_t num_tiles = (num_positions + kKeyTile<Element> - 1) / kKeyTile<Element>;
+  const int64_t size = (num_positions + num_tiles - 1) / num_tiles;
+  return (size + F32::kLanes - 1) / F32::kLanes * F32::kLanes;
+}
+
 template <typename Element>
 void find_tile(const Heads& heads, int64_t first, Tile<Element>* tile) {
   const hav_kv_cache& cache = heads.cache;
   const int64_t left = heads.num_positions - first;
-  tile->num_keys = static_cast<int>(left < kKeyTile ? left : kKeyTile);
+  const int64_t size = tile_size<Element>(heads.num_positions);
+  tile->num_keys = static_cast<int>(left < size ? left : size);
   tile->value_offset = cache.value_offset;
   const Element* key = nullptr;
   int64_t left_in_block = 0;
@@ -79,20 +93,29 @@ void find_tile(const Heads& heads, int64_t first, Tile<Element>* tile) {
     key += cache.position_stride;
     --left_in_block;
   }
+  for (int i = tile->num_keys; i % F32::kLanes != 0; ++i) tile->keys[i] = tile->keys[i - 1];
 }
 
-// Products of kNum queries with a key, lane by lane.
+// Products of kNum queries with kKeysAtOnce keys, lane by lane: those of a query side by side,
+// `stride` behind those of the query before.
 template <int kNum, typename HeadDim, typename Element>
-HAV_INLINE void multiply_lanes(const float* const* queries, const Element* key, HeadDim head_dim,
-                               F32* products, int64_t stride) {
-  F32 sums[kNum];
-  const F32 first = widened(key);
-  for (int q = 0; q < kNum; ++q) sums[q] = load(queries[q]) * first;
-  for (int64_t i = F32::kLanes; i < head_dim; i += F32::kLanes) {
-    const F32 part = widened(key + i);
-    for (int q = 0; q < kNum; ++q) sums[q] = fma(load(queries[q] + i), part, sums[q]);
+HAV_INLINE void multiply_lanes(const float* const* queries, const Element* const* keys,
+                               HeadDim head_dim, F32* products, int64_t stride) {
+  F32 sums[kNum][kKeysAtOnce];
+  for (auto& of_query : sums) {
+    for (F32& each : of_query) each = zero();
   }
-  for (int q = 0; q < kNum; ++q) products[q * stride] = sums[q];
+  for (int64_t i = 0; i < head_dim; i += F32::kLanes) {
+    F32 parts[kNum];
+    for (int q = 0; q < kNum; ++q) parts[q] = load(queries[q] + i);
+    for (int k = 0; k < kKeysAtOnce; ++k) {
+      const F32 key = widened(keys[k] + i);
+      for (int q = 0; q < kNum; ++q) sums[q][k] = fma(parts[q], key, sums[q][k]);
+    }
+  }
+  for (int q = 0; q < kNum; ++q) {
+    for (int k = 0; k < kKeysAtOnce; ++k) products[q * stride + k] = sums[q][k];
+  }
 }
 
 // Running softmax of one query: what it has seen, relative to the largest score.
@@ -104,13 +127,13 @@ struct Running {
 // Scores of queries against a tile; lanes beyond the last key repeat it. Fetches the values.
 template <int kNum, typename HeadDim, typename Element>
 HAV_INLINE void score_tile(const float* const* queries, const Tile<Element>& tile, HeadDim head_dim,
-                           float scale, float (*scores)[kKeyTile]) {
+                           float scale, float (*scores)[kKeyTile<Element>]) {
   for (int first = 0; first < tile.num_keys; first += F32::kLanes) {
     F32 products[kNum][F32::kLanes];
-    for (int lane = 0; lane < F32::kLanes; ++lane) {
-      const int i = first + lane < tile.num_keys ? first + lane : tile.num_keys - 1;
-      prefetch(tile.keys[i] + tile.value_offset, head_dim);
-      multiply_lanes<kNum>(queries, tile.keys[i], head_dim, &products[0][lane], F32::kLanes);
+    for (int lane = 0; lane < F32::kLanes; lane += kKeysAtOnce) {
+      const Element* const* keys = tile.keys + first + lane;
+      for (int k = 0; k < kKeysAtOnce; ++k) prefetch(keys[k] + tile.value_offset, head_dim);
+      multiply_lanes<kNum>(queries, keys, head_dim, &products[0][lane], F32::kLanes);
     }
     for (int q = 0; q < kNum; ++q) {
       store(scores[q] + first, sums_of(products[q]) * splat(scale));
@@ -139,8 +162,8 @@ float weigh_tile(float* scores, int num_keys, Running& running) {
 // Fetches the keys of the next tile.
 template <int kNum, int kVectors, typename Element>
 HAV_INLINE void add_values(const Tile<Element>& tile, const Tile<Element>& next,
-                           const float (*weights)[kKeyTile], const float* earlier, int64_t offset,
-                           float* const* context) {
+                           const float (*weights)[kKeyTile<Element>], const float* earlier,
+                           int64_t offset, float* const* context) {
   F32 sums[kNum][kVectors];
   for (int q = 0; q < kNum; ++q) {
     for (int v = 0; v < kVectors; ++v) {
@@ -164,8 +187,8 @@ HAV_INLINE void add_values(const Tile<Element>& tile, const Tile<Element>& next,
 
 template <int kNum, typename HeadDim, typename Element>
 HAV_INLINE void add_tile(const Tile<Element>& tile, const Tile<Element>& next,
-                         const float (*weights)[kKeyTile], const float* earlier, HeadDim head_dim,
-                         float* const* context) {
+                         const float (*weights)[kKeyTile<Element>], const float* earlier,
+                         HeadDim head_dim, float* const* context) {
   constexpr int64_t kWide = kVectorsAtOnce * F32::kLanes;
   int64_t offset = 0;
   for (; offset + kWide <= head_dim; offset += kWide) {
@@ -182,16 +205,18 @@ template <int kNum, typename HeadDim, typename Element>
 void attend_heads(const Heads& heads, HeadDim head_dim, const Tile<Element>& first,
                   const Tile<Element>& after, const float* const* queries, float* const* context) {
   Running running[kNum];
-  float weights[kNum][kKeyTile];
+  float weights[kNum][kKeyTile<Element>];
   float earlier[kNum];
   Tile<Element> found[2];
   const Tile<Element>* tile = &first;
   for (int q = 0; q < kNum; ++q) memset(context[q], 0, head_dim * sizeof(float));
-  for (int64_t end = kKeyTile;; end += kKeyTile) {
+  int64_t end = first.num_keys;
+  for (int spare = 0;; spare = 1 - spare) {
     const Tile<Element>* next = &after;
     if (end < heads.num_positions) {
-      next = &found[end / kKeyTile % 2];
-      find_tile(heads, end, &found[end / kKeyTile % 2]);
+      find_tile(heads, end, &found[spare]);
+      next = &found[spare];
+      end += next->num_keys;
     }
     score_tile<kNum>(queries, *tile, head_dim, heads.scale, weights);
     for (int q = 0; q < kNum; ++q) {
