@@ -153,8 +153,10 @@ struct Int8Format {
   template <int kRows, int kPanels>
   static HAV_INLINE void start(const TileCall& call, int64_t panel, int64_t,
                                I32 (&sums)[kRows][kPanels][2]) {
+#pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
       const int32_t* from = call.weights.corrections + (panel + p) * kPanelWords;
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         sums[r][p][0] = load_i32(from);
         sums[r][p][1] = load_i32(from + I32::kLanes);
@@ -264,18 +266,32 @@ HAV_INLINE void write(const LinearOutput& output, int64_t row, int64_t column, i
   }
 }
 
-template <typename Format>
-HAV_INLINE void finish_panel(const TileCall& call, int64_t panel, int64_t row,
-                             const typename Format::Sum (&sums)[2]) {
+// All numbers are made before the first is written, so that scales are loaded once for all rows.
+template <typename Format, int kRows, int kPanels>
+HAV_INLINE void finish_panel(const TileCall& call, int64_t panel, int p, int64_t row,
+                             const typename Format::Sum (&sums)[kRows][kPanels][2]) {
+  const LinearOutput output = call.output;
   const int64_t num_outputs = call.weights.num_outputs;
   const int64_t column = panel * kPanelWords;
-  const F32 first = Format::finish(call, sums[0], row, column);
-  const F32 second = Format::finish(call, sums[1], row, column + F32::kLanes);
+  F32 first[kRows], second[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    first[r] = Format::finish(call, sums[r][p][0], row + r, column);
+    second[r] = Format::finish(call, sums[r][p][1], row + r, column + F32::kLanes);
+  }
   if (call.weights.is_gated) {
-    write(call.output, row, panel * F32::kLanes, num_outputs, silu(first) * second);
-  } else {
-    write(call.output, row, column, num_outputs, first);
-    write(call.output, row, column + F32::kLanes, num_outputs, second);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) first[r] = silu(first[r]) * second[r];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      write(output, row + r, panel * F32::kLanes, num_outputs, first[r]);
+    }
+    return;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    write(output, row + r, column, num_outputs, first[r]);
+    write(output, row + r, column + F32::kLanes, num_outputs, second[r]);
   }
 }
 
@@ -285,6 +301,7 @@ void run_tile(const TileCall& call, int64_t panel, int64_t row, const Segment& s
   if (segment.first == 0) {
     Format::start(call, panel, row, sums);
   } else {
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       load_sum(segment.partial + r * kPanelWords, &sums[r][0][0]);
       load_sum(segment.partial + r * kPanelWords + F32::kLanes, &sums[r][0][1]);
@@ -292,15 +309,15 @@ void run_tile(const TileCall& call, int64_t panel, int64_t row, const Segment& s
   }
   Format::add_steps(call, panel, row, segment, sums);
   if (segment.last < call.weights.num_steps) {
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       store_sum(segment.partial + r * kPanelWords, sums[r][0][0]);
       store_sum(segment.partial + r * kPanelWords + F32::kLanes, sums[r][0][1]);
     }
     return;
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int p = 0; p < kPanels; ++p) finish_panel<Format>(call, panel + p, row + r, sums[r][p]);
-  }
+#pragma GCC unroll 4
+  for (int p = 0; p < kPanels; ++p) finish_panel<Format>(call, panel + p, p, row, sums);
 }
 
 // Additions of one chain wait for each other, so few rows take several panels at once.
