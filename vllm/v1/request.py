@@ -35,7 +35,7 @@ class RequestStatus(StrEnum):
     FINISHED = "finished"  # its last output has been written
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, slots=True)
 class Request:
     """Prompt and progress of one request.
 
@@ -56,6 +56,9 @@ class Request:
     listener: Listener | None = None
     arrival_time: float = 0.0
 
+    num_prompt_positions: int = field(init=False)
+    num_codebooks: int = field(init=False)
+
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     arrival_index: int = -1  # order of arrival at the scheduler
@@ -72,11 +75,16 @@ class Request:
     decode_start_time: float | None = None
     decode_end_time: float | None = None
     _frames: bytearray = field(default_factory=bytearray, repr=False)  # int16 [num_frames, K]
+    _frame_size: int = field(init=False, repr=False)  # bytes
 
     def __post_init__(self) -> None:
         num_audio = self.audio_positions.shape[0]
         assert self.prompt_frames.ndim == 2, self.prompt_frames.shape
         assert self.prompt_frames.shape[0] == num_audio, (self.prompt_frames.shape, num_audio)
+        # Not properties: every step asks every request for what follows from them.
+        self.num_prompt_positions = int(self.prompt_token_ids.shape[0])
+        self.num_codebooks = int(self.prompt_frames.shape[1])
+        self._frame_size = self.num_codebooks * _BYTES_PER_CODE
         if self.listener is not None:
             self.player = VirtualPlayer(self.listener.speed, dry_at=self.listener.dry_at)
 
@@ -110,21 +118,13 @@ class Request:
         )
 
     @property
-    def num_prompt_positions(self) -> int:
-        return int(self.prompt_token_ids.shape[0])
-
-    @property
-    def num_codebooks(self) -> int:
-        return int(self.prompt_frames.shape[1])
-
-    @property
     def is_prefilled(self) -> bool:
         return self.num_prefilled >= self.num_prompt_positions
 
     @property
     def num_frames(self) -> int:
         """Delayed frames recorded, BOS frame included."""
-        return len(self._frames) // (_BYTES_PER_CODE * self.num_codebooks)
+        return len(self._frames) // self._frame_size
 
     @property
     def num_computed_positions(self) -> int:
@@ -134,7 +134,7 @@ class Request:
     @property
     def num_slots_needed(self) -> int:
         """Positions that must have a block before the next decode step."""
-        return self.num_prompt_positions + max(self.num_frames, 1) + self.num_frames_in_flight
+        return self.num_prompt_positions + (self.num_frames or 1) + self.num_frames_in_flight
 
     @property
     def num_unsent_frames(self) -> int:
@@ -161,12 +161,11 @@ class Request:
 
     def truncate_frames(self, num_frames: int) -> None:
         """Forget all but the first ``num_frames`` delayed frames."""
-        del self._frames[num_frames * _BYTES_PER_CODE * self.num_codebooks :]
+        del self._frames[num_frames * self._frame_size :]
 
     def delayed_frames(self, start: int, stop: int) -> NDArray[np.int16]:
         """Copy of delayed frames [start, stop), int16 [at most stop - start, num_codebooks]."""
-        width = _BYTES_PER_CODE * self.num_codebooks
-        part = bytes(self._frames[start * width : stop * width])
+        part = bytes(self._frames[start * self._frame_size : stop * self._frame_size])
         return np.frombuffer(part, np.int16).reshape(-1, self.num_codebooks)
 
     def real_frames(self, start: int, stop: int, *, num_codes: int) -> NDArray[np.int16]:

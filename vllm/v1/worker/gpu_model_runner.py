@@ -357,9 +357,11 @@ class GPUModelRunner:
     ) -> _Frames:
         """Keep the new frames, and pass on those of rows that have ended or have a window due."""
         rows = batch.rows
-        self._pending[rows, self._num_pending[rows]] = frames
-        self._num_pending[rows] += 1
-        due = (status != 0) | (self._num_pending[rows] >= self._num_due[rows])
+        num_pending = self._num_pending[rows]
+        self._pending[rows, num_pending] = frames
+        num_pending += 1
+        self._num_pending[rows] = num_pending
+        due = (status != 0) | (num_pending >= self._num_due[rows])
         for index in np.flatnonzero(due).tolist():
             self._push(batch.owners[index], int(status[index]))
         return _Frames(batch.request_ids, frames, status)
