@@ -54,7 +54,7 @@ def test_both_are_timed(
     ours = Ours(tmp_path, "float32", max_num_seqs=8, num_threads=1)
     peer.wait_ready()
     turns = {"float32": ours.turn}
-    result = measure(turns, {SETUP: peer.turn}, Settings(8, 3, "wall"), num_rounds=2)
+    result = measure(turns, {SETUP: peer.turn}, Settings("tiny", 8, 3, "wall"), num_rounds=2)
     ours.close()
     peer.close()
     assert result["seconds"]["peer float32:1"] == 1e3
@@ -81,13 +81,15 @@ def test_the_fastest_setup_of_the_peer_counts() -> None:
     }
     found = {
         (each["ours"], each["best"]): (each["ratio"], each["targets"])
-        for each in compare(seconds, batch_size=8)
+        for each in compare(seconds, "tiny", batch_size=8)
     }
     assert found == {
         ("float32", "peer float32:2"): (3.0, (1.3, 2)),
         ("int8", "peer float32:2"): (6.0, None),
         ("int8", "peer bfloat16:1"): (4.0, (3, 5)),
     }
+    at_the_memory = compare(seconds, "medium", batch_size=1)
+    assert [each["targets"] for each in at_the_memory] == [(1.05, 1.2), (2.5, 4), None]
 
 
 @pytest.mark.parametrize("text", ["float32", "float16:1", "int8:two", "int8:"])
