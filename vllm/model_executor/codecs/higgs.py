@@ -231,9 +231,8 @@ class HiggsCodec(Codec):
             try:
                 pair_decoder = PairWaveDecoder(*chain)
                 pair_decoder.build()
-            except (
-                Exception
-            ) as error:  # of any kind: a compiler's, a driver's, a chain that is none
+            except Exception as error:
+                # Of any kind: a compiler's, a driver's, or a chain that is no such decoder.
                 logger.warning("torch decodes the codec's frames, not our kernels: %s", error)
             else:
                 self._pair_decoder = pair_decoder
