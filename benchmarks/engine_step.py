@@ -57,7 +57,7 @@ class StepTimer:
         if decoder._native_step is not None:
             self._wrap(decoder, "_native_step", "forward")
         self._wrap(runner._state, "embed_last_content", "forward")
-        self._wrap(runner._model, "forward", "forward")
+        self._wrap(decoder._owners.model, "forward", "forward")
         self._wrap(runner._state, "next_content", "sample")
 
     def step(self) -> tuple[int, dict[str, float]]:
