@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     VLLM_CACHE_ROOT: Path
     VLLM_LOGGING_LEVEL: str
     VLLM_KEEP_ALIVE_ON_ENGINE_DEATH: bool
+    VLLM_HTTP_TIMEOUT_KEEP_ALIVE: float
     VLLM_AUDIO_FETCH_TIMEOUT: float
     VLLM_NATIVE: bool
     VLLM_CPU_ISA: str | None
@@ -86,6 +87,12 @@ _VARIABLES: dict[str, tuple[Callable[[], Any], str]] = {
     "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": (
         lambda: _flag("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"),
         "keep the HTTP process running (answering 503) when the engine process is gone",
+    ),
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": (
+        # Longer than clients and proxies keep idle connections: who sends on one while it is closed
+        # here sees it reset, and httpx, for one, keeps them for 5 s.
+        lambda: _seconds("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", 75.0),
+        "seconds that an idle connection is kept open; default 75",
     ),
     "VLLM_AUDIO_FETCH_TIMEOUT": (
         lambda: _seconds("VLLM_AUDIO_FETCH_TIMEOUT", 10.0),

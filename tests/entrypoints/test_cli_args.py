@@ -219,6 +219,7 @@ def test_wrong_values_name_their_flag(
     [
         ("VLLM_LOGGING_LEVEL", "loud"),
         ("VLLM_AUDIO_FETCH_TIMEOUT", "soon"),
+        ("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "0"),
         ("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "perhaps"),
     ],
 )

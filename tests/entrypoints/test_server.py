@@ -9,8 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
-from vllm.entrypoints.bosonai.api_server import _bind
+from vllm.entrypoints.bosonai.api_server import _bind, _uvicorn_config
 from vllm.entrypoints.bosonai.engine_host import EngineHost, HostState
 from vllm.entrypoints.cli_args import parse_serve_args
 from vllm.exceptions import ConfigError, InvalidRequestError
@@ -66,6 +67,13 @@ def test_replies_do_not_wait_until_their_first_packet_is_acknowledged() -> None:
                 return [await seen.get()]
 
     assert asyncio.run(delays()) == [1]
+
+
+def test_idle_connections_outlast_those_of_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, args = FastAPI(), parse_serve_args([])
+    assert _uvicorn_config(app, args).timeout_keep_alive > 60, "of proxies"
+    monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "2.5")
+    assert _uvicorn_config(app, args).timeout_keep_alive == 3
 
 
 def test_loading(start_server: Any, fake_engine: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import signal
 import socket
 import sys
@@ -77,7 +78,6 @@ logger = get_logger("vllm.server")  # the module is __main__ when it is run
 
 _ENDING_S = 1.0  # of the grace after a signal, for replies to say that they are cut
 _DEATH_NOTICE_S = 1.0  # /health answers 503 this long before the process ends
-_KEEP_ALIVE_S = 5
 _CLIP_THREADS = 2
 #: What scripts of other origins may read, which is all that is sent and not theirs to read anyway.
 EXPOSED_HEADERS = (
@@ -403,7 +403,7 @@ def _uvicorn_config(app: FastAPI, args: ServeArgs) -> uvicorn.Config:
         app,
         log_level=config.uvicorn_log_level,
         access_log=not config.disable_uvicorn_access_log,
-        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_keep_alive=math.ceil(envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE),
         timeout_graceful_shutdown=max(1, round(config.shutdown_timeout)),
         ssl_keyfile=config.ssl_keyfile,
         ssl_certfile=config.ssl_certfile,
