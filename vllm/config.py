@@ -197,7 +197,6 @@ class DeviceConfig:
         "auto",
         "auto decodes audio with the engine's own kernels where there are such for the device; "
         "torch: with torch's convolutions, in float32",
-        choices=("auto", "torch"),
     )
 
     def __post_init__(self) -> None:

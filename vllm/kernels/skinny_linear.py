@@ -153,7 +153,7 @@ class LinearWorkspace:
             is_gated=is_gated,
         )
 
-    def library_product(
+    def cublas_product(
         self, x: Tensor, weight: Tensor | QuantizedWeight, config: LinearConfig
     ) -> Tensor | None:
         """The plain product [N, M] by cuBLAS, where that is wanted and may be; else None."""
@@ -208,7 +208,7 @@ def gated_linear(
         return
     from vllm.kernels.triton import skinny_linear as kernels
 
-    product = workspace.library_product(x, weight, config)
+    product = workspace.cublas_product(x, weight, config)
     kernels.gated_linear(
         _operands(x, weight, product), rows.square_sums, eps, out, config, pdl=workspace.pdl
     )
@@ -237,7 +237,7 @@ def residual_linear(
         return
     from vllm.kernels.triton import skinny_linear as kernels
 
-    product = workspace.library_product(x, weight, config)
+    product = workspace.cublas_product(x, weight, config)
     kernels.residual_linear(
         _operands(x, weight, product),
         next_gain,
@@ -306,7 +306,7 @@ def _linear(
         return
     from vllm.kernels.triton import skinny_linear as kernels
 
-    finished = workspace.library_product(x, weight, config)
+    finished = workspace.cublas_product(x, weight, config)
     kernels.linear(
         _operands(x, weight, finished),
         square_sums,
