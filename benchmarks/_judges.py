@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from vllm.audio.resample import resample
 
 __all__ = [
+    "ROOM_NOISE",
     "ClosedVocabularyRecogniser",
     "FreeRecogniser",
     "Listeners",
@@ -36,7 +37,7 @@ __all__ = [
 
 # Root mean square of full scale: a quiet room. How much the judge depends on it is in
 # docs/embedded-model.md.
-_ROOM_NOISE = 1e-3
+ROOM_NOISE = 1e-3
 _RATE = 16000  # of every judge
 _ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 _TEENS = [
@@ -141,8 +142,14 @@ class ClosedVocabularyRecogniser:
     100 % for speech that says something else.
     """
 
-    def __init__(self, sentences: Sequence[str]) -> None:
-        """``sentences``: many of the same kind and vocabulary, not those that are judged."""
+    def __init__(self, sentences: Sequence[str], *, noise: float = ROOM_NOISE) -> None:
+        """Prepare to hear.
+
+        Args:
+            sentences: many of the same kind and vocabulary, not those that are judged.
+            noise: that is added to what is heard, root mean square of full scale.
+        """
+        self._noise = noise
         from pocketsphinx import Decoder, get_model_path
 
         model = Path(get_model_path()) / "en-us"
@@ -162,7 +169,7 @@ class ClosedVocabularyRecogniser:
         silence = np.zeros(_RATE // 5, np.float32)
         padded = np.concatenate([silence, loud, silence])
         # Digital silence confuses the recogniser's noise estimate.
-        padded = padded + _ROOM_NOISE * np.random.default_rng(0).standard_normal(len(padded))
+        padded = padded + self._noise * np.random.default_rng(0).standard_normal(len(padded))
         self._decoder.start_utt()
         pcm = (padded * 32767).clip(-32768, 32767).astype("<i2").tobytes()
         self._decoder.process_raw(pcm, no_search=False, full_utt=True)

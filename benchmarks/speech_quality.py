@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks._judges import (
+    ROOM_NOISE,
     ClosedVocabularyRecogniser,
     FreeRecogniser,
     Judge,
@@ -188,6 +189,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-k", type=int)
+    parser.add_argument(
+        "--noise", type=float, default=ROOM_NOISE, help="that pocketsphinx hears, of full scale"
+    )
     parser.add_argument("--whisper", type=Path, help="folder of a CTranslate2 model")
     parser.add_argument("--opinion", action="store_true", help="ask judges of the sound too")
     parser.add_argument("--round-trip", action="store_true", help="judge the teacher's codes")
@@ -222,7 +226,8 @@ def judge(args: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, An
         for row, opinion in zip(rows, opinions, strict=True):
             row[name] = opinion
 
-    hear("closed vocabulary", partial(ClosedVocabularyRecogniser, grammar_sentences()))
+    recogniser = partial(ClosedVocabularyRecogniser, grammar_sentences(), noise=args.noise)
+    hear("closed vocabulary", recogniser)
     if args.whisper:
         hear("Whisper", partial(FreeRecogniser, args.whisper))
     if args.opinion:
