@@ -8,6 +8,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+# The environment takes 2.5 GB, and what tests write comes on top. A full disk fails in odd places.
+free_mb="$(df -Pm . "${TMPDIR:-/tmp}" | awk 'NR > 1 { print $4 }' | sort -n | head -n 1)"
+[ "$free_mb" -ge 4000 ] || echo "Only $free_mb MB of disk are free; set-up and tests want 4000." >&2
+
 scripts/install test dev
 # The tests of file formats use ffmpeg and ffprobe, those of pages and clients use node.
 missing="$(scripts/install-tools)"
