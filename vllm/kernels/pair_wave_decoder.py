@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import prod
 
 import torch
 from torch import Tensor
 
 from vllm.kernels.conv_config import CHANNEL_QUANTUM, ConvConfig, find_conv_config
 from vllm.kernels.wave_decoder import WaveLayer
+from vllm.kernels.wave_rows import LayerSpan, plan_rows
 
 __all__ = ["PairWaveDecoder", "can_decode_in_pairs"]
 
@@ -32,10 +34,8 @@ class _Conv:
     weight: Pair
     bias: Tensor
     snake: tuple[Tensor, Tensor] | None  # the next layer's, for its results
-    dilation: int
-    shift: int
+    span: LayerSpan
     width: int  # of a row of the result
-    phases: int  # rows of the result for each of the input
     adds_plain: bool
     keeps_plain: bool
     config: ConvConfig
@@ -51,7 +51,7 @@ def can_decode_in_pairs(device: torch.device) -> bool:
 class PairWaveDecoder:
     """Packed copies of the layers, every weight split in two.
 
-    A window's samples have the same bits alone and beside others.
+    A window's samples have the same bits alone and beside others, and asked for in part or whole.
 
     Args:
         table: float32 [num_codebooks * codebook_size, width]; the sum of one row per codebook and
@@ -86,7 +86,8 @@ class PairWaveDecoder:
         last = layers[-1]
         self._last_weight = _padded(last.weight.detach()[0].t(), 1).contiguous()  # [taps, inputs]
         self._last_bias = last.bias.detach().contiguous()
-        self._last_dilation = last.dilation
+        self._spans = [LayerSpan.of(layer) for layer in layers]
+        self._hop_length = prod(span.phases for span in self._spans)
 
     @property
     def device(self) -> torch.device:
@@ -98,41 +99,65 @@ class PairWaveDecoder:
         shape = (1, self._num_codebooks, 1)
         self(torch.zeros(shape, dtype=torch.int64, device=self.device))
 
-    def __call__(self, codes: Tensor) -> Tensor:
-        """Samples of codes [batch, K, num_frames], every one below the codebook's size.
+    def __call__(
+        self, codes: Tensor, first_frame: int = 0, last_frame: int | None = None
+    ) -> Tensor:
+        """Samples of frames ``first_frame .. last_frame - 1``, by default all.
+
+        Frames beyond are context, of which each layer computes what these samples depend on.
+
+        Args:
+            codes: [batch, K, num_frames], every one below the codebook's size.
 
         Returns:
-            float32 [batch, num_frames * hop_length], from -1 to 1.
+            float32 [batch, (last_frame - first_frame) * hop_length], from -1 to 1.
         """
-        batch, num_codebooks, num_rows = codes.shape
+        batch, num_codebooks, num_frames = codes.shape
+        last_frame = num_frames if last_frame is None else last_frame
         assert num_codebooks == self._num_codebooks
-        x = self._new_pair(batch, num_rows, _round_up(self._table.shape[1]))
-        if codes.numel():
-            self._kernels.sum_codes(codes.contiguous(), self._table, self._table_bias, x)
+        assert 0 <= first_frame <= last_frame <= num_frames
+        num_samples = (last_frame - first_frame) * self._hop_length
+        samples = torch.empty(batch, num_samples, device=self.device)
+        if not samples.numel():
+            return samples
+        parts = plan_rows(self._spans, num_frames, first_frame, last_frame)
+        x = self._sum_codes(codes, parts[0].inputs)
         plain: Tensor | None = None
-        for conv in self._convs:
-            num_rows *= conv.phases
-            out = self._new_pair(batch, num_rows, conv.width)
-            residual = plain if conv.adds_plain else None
-            if conv.keeps_plain and residual is None:
-                plain = torch.empty(batch, num_rows, conv.width, device=self.device)
-            if codes.numel():
-                self._kernels.convolve(
-                    *(x, conv.weight, conv.bias, conv.snake, residual, out),
-                    plain if conv.keeps_plain else None,
-                    conv.config,
-                    dilation=conv.dilation,
-                    shift=conv.shift,
-                )
-            x = out
-        samples = torch.empty(batch, num_rows, device=self.device)
-        if codes.numel():
-            self._kernels.convolve_to_samples(
-                x, self._last_weight, self._last_bias, samples, dilation=self._last_dilation
+        for index, (conv, part) in enumerate(zip(self._convs, parts[:-1], strict=True)):
+            out = self._new_pair(batch, part.outputs, conv.width)
+            if conv.adds_plain:
+                assert plain is not None  # of all rows that the layer before takes
+                first = part.outputs.start - parts[index - 1].inputs.start
+                plain = plain[:, first : first + len(part.outputs)]
+            elif conv.keeps_plain:
+                plain = torch.empty_like(out[0], dtype=torch.float32)
+            self._kernels.convolve(
+                *(x, conv.weight, conv.bias, conv.snake),
+                plain if conv.adds_plain else None,
+                out,
+                plain if conv.keeps_plain else None,
+                conv.config,
+                dilation=conv.span.dilation,
+                num_steps=len(part.steps),
+                first_row=part.first_row,
+                shift=part.shift,
             )
+            x = out
+        self._kernels.convolve_to_samples(
+            *(x, self._last_weight, self._last_bias, samples),
+            dilation=self._spans[-1].dilation,
+            first_row=parts[-1].first_row,
+        )
         return samples
 
-    def _new_pair(self, batch: int, num_rows: int, width: int) -> Pair:
+    def _sum_codes(self, codes: Tensor, frames: range) -> Pair:
+        x = self._new_pair(len(codes), frames, _round_up(self._table.shape[1]))
+        table, bias = self._table, self._table_bias
+        self._kernels.sum_codes(codes.contiguous(), table, bias, x, first_frame=frames.start)
+        return x
+
+    def _new_pair(self, batch: int, rows: range, width: int) -> Pair:
+        num_rows = len(rows)
         assert num_rows * width < _MAX_VALUES, f"a window of {num_rows} rows is too long"
         both = torch.empty(2, batch, num_rows, width, dtype=torch.bfloat16, device=self.device)
         return both[0], both[1]
@@ -169,10 +194,10 @@ def _shape_of(layer: WaveLayer) -> tuple[int, int, int]:
 
 def _pack(layers: Sequence[WaveLayer], index: int, arch: int) -> _Conv:
     layer, following = layers[index], layers[index + 1]
-    phases = max(layer.upsampling, 1)
+    span = LayerSpan.of(layer)
     weight = _taps_of(layer)  # [phases, outputs, taps, inputs]
     weight = _padded(_padded(weight, 3), 1)
-    _, width, num_taps, num_inputs = weight.shape
+    phases, width, num_taps, num_inputs = weight.shape
     snake = following.snake
     if snake is not None:
         snake = (_tiled(snake[0], phases), _tiled(snake[1], phases))
@@ -180,10 +205,8 @@ def _pack(layers: Sequence[WaveLayer], index: int, arch: int) -> _Conv:
         weight=_split(weight.reshape(phases * width, num_taps * num_inputs)),
         bias=_tiled(layer.bias, phases),
         snake=snake,
-        dilation=layer.dilation,
-        shift=-(-layer.upsampling // 2) * width,
+        span=span,
         width=width,
-        phases=phases,
         adds_plain=layer.is_residual,
         keeps_plain=index + 2 < len(layers) and layers[index + 2].is_residual,
         config=find_conv_config(arch, phases * width, num_inputs, num_taps),

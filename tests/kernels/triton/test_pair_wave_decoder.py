@@ -93,7 +93,7 @@ def check_convolution(
     upsampling: int = 0,
     adds: bool = False,
 ) -> None:
-    """One layer, ahead of another whose Snake it applies, against torch."""
+    """One layer, ahead of another whose Snake it applies, against torch, with all of its rows."""
     shape = (num_outputs, num_inputs, kernel_size)
     if upsampling:
         shape = (num_inputs, num_outputs, 2 * upsampling)
@@ -103,10 +103,11 @@ def check_convolution(
         torch.ones(1, num_outputs, 1), torch.zeros(1), snake=random_snake(num_outputs)
     )
     conv = pair_wave_decoder._pack([layer, following], 0, 90)
-    assert conv.phases == max(upsampling, 1)
+    phases = conv.span.phases
+    assert phases == max(upsampling, 1)
     x = torch.randn(batch, num_rows, num_inputs)
-    residual = torch.randn(batch, num_rows * conv.phases, num_outputs)
-    plain = torch.full((batch, num_rows * conv.phases, conv.width), float("nan"))
+    residual = torch.randn(batch, num_rows * phases, num_outputs)
+    plain = torch.full((batch, num_rows * phases, conv.width), float("nan"))
     if adds:
         plain = pair_wave_decoder._padded(residual, 2)
     plain = plain.to(device)
@@ -121,8 +122,9 @@ def check_convolution(
         out,
         plain,
         conv.config,
-        dilation=conv.dilation,
-        shift=conv.shift,
+        dilation=conv.span.dilation,
+        num_steps=num_rows + (upsampling > 0),
+        shift=conv.span.shift,
     )
 
     expected = convolution(x, layer) + (residual.double() if adds else 0)
@@ -192,15 +194,19 @@ def test_samples_equal_torch_and_are_cut_off(device, num_inputs, kernel_size, di
     assert (samples.abs() == 1).any()
 
 
-def test_codes_become_sums_of_rows(device):
+@pytest.mark.parametrize(("first", "last"), [(0, 4), (1, 3)])
+def test_codes_become_sums_of_rows(device, first, last):
     table, bias = torch.randn(3 * 11, 21), torch.randn(21)
     codes = torch.randint(11, (2, 3, 4))
-    out = tuple(torch.full((2, 4, 32), float("nan"), dtype=torch.bfloat16) for _ in range(2))
+    shape = (2, last - first, 32)
+    out = tuple(torch.full(shape, float("nan"), dtype=torch.bfloat16) for _ in range(2))
     out = tuple(each.to(device) for each in out)
 
-    kernels.sum_codes(codes.to(device), table.to(device), bias.to(device), out)
+    kernels.sum_codes(
+        *(codes.to(device), table.to(device), bias.to(device), out), first_frame=first
+    )
 
-    rows = (codes + torch.arange(3)[:, None] * 11).transpose(1, 2)
+    rows = (codes + torch.arange(3)[:, None] * 11).transpose(1, 2)[:, first:last]
     assert_near(sum_of(out, 21), table.double()[rows].sum(2) + bias.double())
 
 
@@ -252,30 +258,89 @@ def test_a_codecs_samples_keep_80_decibels(device, request, tmp_path, size, num_
     assert decibels > 80
 
 
+@st.composite
+def chains(draw: st.DrawFn) -> list[WaveLayer]:
+    """Layers from 5 channels to samples, with any mixture of the kinds in between."""
+    layers, width = [], 5
+    for kind in draw(
+        st.lists(st.sampled_from(["plain", "up", "residual", "residual"]), max_size=4)
+    ):
+        before, after = width, width if kind == "residual" else draw(st.integers(1, 20))
+        kernel_size, dilation = draw(st.sampled_from([1, 3, 7])), draw(st.integers(1, 9))
+        if kind == "up":
+            stride = draw(st.integers(2, 5))
+            layers.append(random_layer(before, after, 2 * stride, upsampling=stride))
+        else:
+            layers.append(random_layer(before, after, kernel_size, dilation=dilation))
+        if kind == "residual":
+            kernel_size = draw(st.sampled_from([1, 3]))
+            layers.append(random_layer(after, after, kernel_size, is_residual=len(layers) > 1))
+        width = after
+    kernel_size, dilation = draw(st.sampled_from([1, 3, 7])), draw(st.integers(1, 3))
+    layers.append(random_layer(width, 1, kernel_size, dilation=dilation))
+    return [replace(layers[0], snake=None), *layers[1:]]
+
+
+def random_layer(num_inputs: int, num_outputs: int, kernel_size: int, **options) -> WaveLayer:
+    shape = (num_outputs, num_inputs, kernel_size)
+    if options.get("upsampling"):
+        shape = (num_inputs, num_outputs, kernel_size)
+    weight = torch.randn(shape) / (num_inputs * kernel_size) ** 0.5
+    return WaveLayer(weight, torch.randn(num_outputs), snake=random_snake(num_inputs), **options)
+
+
+def decoder_of_layers(layers: list[WaveLayer], device: torch.device) -> PairWaveDecoder:
+    """For two codebooks of 9 codes."""
+    table, bias = torch.randn(2 * 9, 5, device=device), torch.randn(5, device=device)
+    return PairWaveDecoder(table, bias, 2, [to(each, device) for each in layers], arch=90)
+
+
+@settings(
+    deadline=None,
+    max_examples=8,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(layers=chains(), num_frames=st.integers(1, 30), batch=st.integers(1, 2), data=st.data())
+def test_some_frames_of_a_window_have_the_bits_of_all(device, cut, layers, num_frames, batch, data):
+    first = data.draw(st.integers(0, num_frames), label="first")
+    last = data.draw(st.integers(first, num_frames), label="last")
+    decoder = decoder_of_layers(layers, device)
+    codes = torch.randint(9, (batch, 2, num_frames), device=device)
+    whole = decoder(codes)
+    hop = whole.shape[1] // num_frames
+    part = decoder(codes, first, last)
+    assert torch.equal(part, whole[:, first * hop : last * hop])
+
+
 def test_a_window_has_the_same_bits_beside_others(device, cut):
     layers = [
-        WaveLayer(torch.randn(16, 5, 7) / 6, torch.randn(16)),
-        WaveLayer(torch.randn(16, 16, 6) / 6, torch.randn(16), 1, 3, random_snake(16)),
-        WaveLayer(torch.randn(16, 16, 7) / 10, torch.randn(16), 9, 0, random_snake(16)),
-        WaveLayer(torch.randn(16, 16, 1) / 4, torch.randn(16), 1, 0, random_snake(16), True),
-        WaveLayer(torch.randn(1, 16, 7) / 20, torch.randn(1) / 9, 1, 0, random_snake(16)),
+        replace(random_layer(5, 16, 7), snake=None),
+        random_layer(16, 16, 6, upsampling=3),
+        random_layer(16, 16, 7, dilation=9),
+        random_layer(16, 16, 1, is_residual=True),
+        random_layer(16, 16, 3),
+        random_layer(16, 16, 1, is_residual=True),
+        random_layer(16, 1, 7),
     ]
-    table, bias = torch.randn(2 * 9, 5, device=device), torch.randn(5, device=device)
-    decoder = PairWaveDecoder(table, bias, 2, [to(each, device) for each in layers], arch=90)
+    decoder = decoder_of_layers(layers, device)
     codes = torch.randint(9, (3, 2, 7), device=device)
     together = decoder(codes)
     assert together.shape == (3, 21)
     assert torch.equal(decoder(codes[1:2]), together[1:2])
     assert torch.equal(decoder(codes.flip(0)), together.flip(0))
+    assert torch.equal(decoder(codes.flip(0), 2, 5), together.flip(0)[:, 6:15])
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 5), (2, 2, 0)])
-def test_nothing_is_decoded_of_nothing(device, shape):
+@pytest.mark.parametrize(
+    ("shape", "part"), [((0, 2, 5), (0, 5)), ((2, 2, 0), (0, 0)), ((2, 2, 5), (3, 3))]
+)
+def test_nothing_is_decoded_of_nothing(device, shape, part):
     layers = [WaveLayer(torch.randn(1, 5, 3, device=device), torch.zeros(1, device=device))]
     table = torch.randn(2 * 9, 5, device=device)
     decoder = PairWaveDecoder(table, table[0], 2, layers, arch=90)
-    samples = decoder(torch.zeros(shape, dtype=torch.int64, device=device))
-    assert samples.shape == (shape[0], shape[2])
+    samples = decoder(torch.zeros(shape, dtype=torch.int64, device=device), *part)
+    assert samples.shape == (shape[0], part[1] - part[0])
 
 
 ONE, ZERO = torch.ones(1, 1, 1), torch.zeros(1)
@@ -316,13 +381,14 @@ def compile_convolution(compile_offline, arch: int, name: str) -> tuple[Compiled
     names = ("high_ptr", "low_ptr", "weight_high_ptr", "weight_low_ptr")
     signature = dict.fromkeys((*names, "out_high_ptr", "out_low_ptr"), "*bf16")
     signature |= dict.fromkeys(("bias_ptr", "alpha_ptr", "inverse_ptr"), "*fp32")
-    signature |= {"dilation": "i32", "num_rows": "i32"}
+    rows = ("num_rows", "first_row", "num_out_rows", "shift", "num_plain_rows")
+    signature |= dict.fromkeys(("dilation", *rows), "i32")
     more = ("residual_ptr", "plain_ptr")
     constants: dict[str, object] = {
         "NUM_OUTPUTS": num_outputs,
         "NUM_INPUTS": num_inputs,
         "NUM_TAPS": num_taps,
-        "SHIFT": 2 * num_inputs if num_taps == 2 else 0,
+        "WIDTH": num_inputs // 2 if num_taps == 2 else num_outputs,
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_OUTPUTS": config.block_outputs,
         "BLOCK_INPUTS": config.block_inputs,
@@ -375,7 +441,7 @@ def test_the_ends_of_the_chain_compile(compile_offline, arch):
             "codes_ptr": "*i64",
             **dict.fromkeys(("table_ptr", "bias_ptr"), "*fp32"),
             **pairs,
-            "num_frames": "i32",
+            **dict.fromkeys(("num_frames", "first_frame"), "i32"),
         },
         {
             "NUM_CODEBOOKS": 8,
@@ -392,7 +458,7 @@ def test_the_ends_of_the_chain_compile(compile_offline, arch):
         {
             **pairs,
             **dict.fromkeys(("weight_ptr", "bias_ptr", "samples_ptr"), "*fp32"),
-            **dict.fromkeys(("dilation", "num_rows"), "i32"),
+            **dict.fromkeys(("dilation", "num_rows", "first_row", "num_samples"), "i32"),
         },
         {"NUM_INPUTS": 32, "NUM_TAPS": 7, "BLOCK_ROWS": 128, "BLOCK_INPUTS": 32},
         arch,

@@ -87,9 +87,9 @@ class StandIn:
     def build(self):
         self.is_built = True
 
-    def __call__(self, codes):
+    def __call__(self, codes, first, last):
         assert self.is_built
-        return torch.arange(codes.shape[2] * 960.0).expand(len(codes), -1)
+        return torch.arange(first * 960.0, last * 960.0).expand(len(codes), -1)
 
 
 @torch.inference_mode()

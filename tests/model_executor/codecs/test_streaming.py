@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vllm.model_executor.codecs import WindowPlan
@@ -97,6 +97,30 @@ def test_widened_windows_emit_the_same_with_more_before_it(pushes, ramp, context
             assert window.num_frames in wide.window_lengths
         else:
             assert window.num_frames in (*wide.window_lengths, other.num_frames)
+
+
+def test_windows_that_every_stream_has_are_known_beforehand():
+    plan = WindowPlan(10, (4, 8, 16, 25))
+    assert plan.window_lengths == (14, 22, 36, 45)
+    assert plan.usual_shapes == (
+        *((14, 0, 4), (14, 0, 14)),  # of each length the end of a stream as well
+        *((22, 4, 12), (22, 4, 22)),
+        *((36, 10, 26), (36, 10, 36)),
+        *((45, 10, 35), (45, 10, 45)),
+    )
+    assert WindowPlan(0, (5,)).usual_shapes == ((5, 0, 5),)
+    # Two windows of a length that emit other frames.
+    assert WindowPlan(10, (14, 4)).usual_shapes == ((24, 0, 14), (24, 0, 24), (24, 10, 14))
+
+
+@given(total=st.integers(0, 400), ramp=st.sampled_from([*RAMPS, (14, 4), (4, 20, 2)]))
+def test_all_windows_of_long_streams_have_usual_shapes(total, ramp):
+    plan = WindowPlan(10, ramp, widens_last=True)
+    assume(total >= max(plan.window_lengths))
+    for window in windows_of(plan, total, [total]):
+        assert any(shape.holds(window.shape) for shape in plan.usual_shapes)
+        is_cut_short = window.stop < plan._boundary_after(window.emit_start) + 10
+        assert is_cut_short or window.shape in plan.usual_shapes
 
 
 @settings(max_examples=5)

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from vllm.checkpoints.make_codec import make_codec
 from vllm.model_executor.codecs import ClipCache, Codec, load_codec
-from vllm.model_executor.codecs.streaming import WindowPlan
+from vllm.model_executor.codecs.streaming import Window, WindowPlan
 from vllm.player import Listener
 from vllm.v1.outputs import CodecStats
 from vllm.v1.worker import codec_runner
 from vllm.v1.worker.codec_runner import CodecRunner
 from vllm.v1.worker.cuda_graphs import NoGraphs
+from vllm.v1.worker.window_decoder import WindowDecoder
 
 HOP = 960
 LIMIT_S = 100.0  # bounds a hang
@@ -451,10 +452,40 @@ def test_poll_without_work_returns_at_once(codec, make_runner):
     assert not make_runner(codec).poll(3600.0)
 
 
-def test_windows_that_every_stream_has_are_known_beforehand():
-    plan = WindowPlan(10, (4, 8, 16, 25))
-    assert plan.window_lengths == (14, 22, 36, 45)
-    assert WindowPlan(0, (5,)).window_lengths == (5,)
+class PartialCodec(ScriptedCodec):
+    """Notes what was computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def decode_part(self, codes, first, last):
+        self.shapes.append((codes.shape[2], first, last))
+        return self.decode(codes)[:, first * 4 : last * 4]
+
+
+def test_windows_with_a_recorded_part_share_a_batch():
+    """Of two in the middle of their streams no more is computed than both emit."""
+    codec = PartialCodec()
+    decoder = WindowDecoder(codec, torch.device("cpu"))
+    plan = WindowPlan(codec.context_frames, (4, 8), widens_last=True)
+    decoder.record(NoGraphs(), plan.usual_shapes, max_batch=4)
+    codes = np.random.default_rng(0).integers(0, 2, (2, 24)).astype(np.int16)
+
+    middle, other, end = Window(2, 14, 4, 12), Window(10, 22, 12, 20), Window(12, 24, 15, 24)
+    assert decoder.shape_of(middle) == decoder.shape_of(other) == (12, 2, 10)
+    assert decoder.shape_of(end) == (12, 2, 12)
+    short = Window(0, 5, 2, 5)  # of a length that no long stream has
+    assert decoder.shape_of(short) == (5, 2, 5)
+
+    for batch in ([middle, other], [end], [short]):
+        inputs = [(codes[:, each.start : each.stop], each) for each in batch]
+        for window, samples in zip(batch, decoder.decode(inputs), strict=True):
+            emitted = codes[0, window.emit_start : window.emit_stop]
+            expected = np.where(emitted > 0, np.float32(0.5), np.float32(9e-4))
+            np.testing.assert_array_equal(samples, expected.repeat(codec.hop_length))
+    # NoGraphs calls what it recorded.
+    assert codec.shapes == [(12, 2, 10), (12, 2, 12), (5, 2, 5)]
 
 
 @pytest.mark.parametrize("num_streams", [1, 3])

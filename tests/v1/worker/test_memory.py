@@ -44,6 +44,7 @@ CARD = CardMemory(
         max_rows=1024,
         widest_row=2**15,
         bytes_per_number=2,
+        num_codec_graphs=48,
         codec_batch=32,
         codec_samples=2**15,
     ),
@@ -51,7 +52,7 @@ CARD = CardMemory(
 
 
 def test_a_card_gives_what_weights_graphs_and_codec_leave() -> None:
-    graphs, steps, codec = 64 * 8 * 2**20, 3 * 2**26, 2**20 * 512
+    graphs, steps, codec = (64 * 8 + 48 * 2) * 2**20, 3 * 2**26, 2**20 * 512
     assert CARD.available_bytes == 2 * 2**30 - graphs - steps - codec
     assert num_kv_blocks(KVBudget.of_card(CARD, **SIZES | {"max_num_seqs": 10**9})) == (
         CARD.available_bytes // 1000
@@ -64,8 +65,8 @@ def test_a_card_that_is_too_small_is_told_with_the_arithmetic() -> None:
         num_kv_blocks(KVBudget.of_card(small, **SIZES))
     message = str(caught.value)
     assert "24.00 GiB on the card x 0.5 - 12.00 GiB in use" in message
-    assert "0.50 GiB for 64 graphs" in message
-    assert "= -1.19 GiB" in message
+    assert "0.59 GiB for 64 graphs and 48 of the codec" in message
+    assert "= -1.28 GiB" in message
     assert "--gpu-memory-utilization" in message
 
 
@@ -88,6 +89,7 @@ def test_the_published_model_fits_a_budget_of_24e9_bytes() -> None:
             max_rows=1024,
             widest_row=model.largest_matrix // spec.hidden_size,
             bytes_per_number=2,
+            num_codec_graphs=48,
             codec_batch=32,
             codec_samples=45 * 960,
         ),

@@ -6,7 +6,8 @@ with high, high with low and low with high, summed in float32; all else is float
 channels-last, so a convolution is one product per tap, whose rows are the positions. Knows no codec.
 
 Windows share no row of a tile, and every output is one chain of sums over taps and channels, the
-same for any number of windows; so a window has the same bits alone and beside others.
+same for any number of windows and wherever a row lies in its tile. So a window has the same bits
+alone and beside others, and some of its rows those that they have among all.
 """
 
 from __future__ import annotations
@@ -32,19 +33,23 @@ _SAMPLES_BLOCK_ROWS = 128
 _NUM_WARPS = 4
 
 
-def sum_codes(codes: Tensor, table: Tensor, bias: Tensor, out: Pair) -> None:
+def sum_codes(
+    codes: Tensor, table: Tensor, bias: Tensor, out: Pair, *, first_frame: int = 0
+) -> None:
     """Sums of a row of the table per codebook, and of the bias.
 
     Args:
-        codes: integers [batch, K, num_frames], each one the codebook's.
+        codes: integers [batch, K, num_frames], contiguous, each one the codebook's.
         table: float32 [K * codebook_size, C].
         bias: float32 [C].
-        out: [batch, num_frames, width], zeros from C on.
+        out: [batch, num_rows, width], zeros from C on.
+        first_frame: the one that the first row is of.
     """
     batch, num_codebooks, num_frames = codes.shape
-    sum_codes_kernel[(num_frames, batch)](
+    sum_codes_kernel[(out[0].shape[1], batch)](
         *(codes, table, bias, *out),
         num_frames,
+        first_frame,
         NUM_CODEBOOKS=num_codebooks,
         CODEBOOK_SIZE=len(table) // num_codebooks,
         NUM_COLUMNS=table.shape[1],
@@ -66,36 +71,45 @@ def convolve(
     config: ConvConfig,
     *,
     dilation: int,
-    shift: int,
+    num_steps: int,
+    first_row: int = 0,
+    shift: int = 0,
 ) -> None:
     """One convolution, and what surrounds it in float32: bias, residual, the next layer's Snake.
 
     Args:
         x: [batch, num_rows, I]; zeros stand on either side.
-        weight: [M, num_taps * I], of which tap ``t`` of output row ``r`` takes input row
-            ``r + (t - num_taps // 2) * dilation``.
+        weight: [M, num_taps * I], of which tap ``t`` of step ``s`` takes input row
+            ``first_row + s + (t - num_taps // 2) * dilation``.
         bias: float32 [M].
         snake: alpha and its inverse, float32 [M] each, of what reads the result next.
         residual: float32 like ``plain``, which is added; the same memory may do for both.
-        out: [batch, num_rows * M / width, width]; M is a multiple of ``width``, which is to say
-            that a row of the product is M / width rows of the result.
-        plain: float32 like ``out``, which gets the result ahead of the Snake.
+        out: [batch, num_outputs, width]; M is a multiple of ``width``, which is to say that a step
+            is M / width rows of the result.
+        plain: float32 like ``out``, which gets the result ahead of the Snake; rows of a larger
+            tensor do.
         config: how the product is cut.
         dilation: rows between taps.
-        shift: values by which the result begins later than the product, whose last row is then one
-            more.
+        num_steps: rows of the product.
+        first_row: of the input, the one that the first step is at.
+        shift: rows of the product ahead of the first one of the result, which need not end where
+            the product does.
     """
     batch, num_rows, num_inputs = x[0].shape
     num_outputs, num_products = weight[0].shape
     alpha, inverse = snake or (None, None)
-    convolve_kernel[config.grid(batch, num_rows + (shift > 0), num_outputs)](
+    convolve_kernel[config.grid(batch, num_steps, num_outputs)](
         *(*x, *weight, bias, alpha, inverse, residual, *out, plain),
         dilation,
         num_rows,
+        first_row,
+        out[0].shape[1],
+        shift,
+        _rows_between_windows(residual, plain),
         NUM_OUTPUTS=num_outputs,
         NUM_INPUTS=num_inputs,
         NUM_TAPS=num_products // num_inputs,
-        SHIFT=shift,
+        WIDTH=out[0].shape[2],
         BLOCK_ROWS=config.block_rows,
         BLOCK_OUTPUTS=config.block_outputs,
         BLOCK_INPUTS=config.block_inputs,
@@ -106,8 +120,15 @@ def convolve(
     )
 
 
+def _rows_between_windows(*tensors: Tensor | None) -> int:
+    """From one window to the next in tensors that are rows of the same larger one; 0 for none."""
+    found = {each.stride(0) // each.shape[2] for each in tensors if each is not None}
+    assert len(found) <= 1
+    return found.pop() if found else 0
+
+
 def convolve_to_samples(
-    x: Pair, weight: Tensor, bias: Tensor, samples: Tensor, *, dilation: int
+    x: Pair, weight: Tensor, bias: Tensor, samples: Tensor, *, dilation: int, first_row: int = 0
 ) -> None:
     """The convolution with one output, too narrow for tensor cores, cut off at -1 and 1.
 
@@ -115,14 +136,18 @@ def convolve_to_samples(
         x: as of ``convolve``.
         weight: float32 [num_taps, I].
         bias: float32 [1].
-        samples: float32 [batch, num_rows].
+        samples: float32 [batch, num_samples].
         dilation: rows between taps.
+        first_row: of the input, the one that the first sample is at.
     """
     batch, num_rows, num_inputs = x[0].shape
-    samples_kernel[(triton.cdiv(num_rows, _SAMPLES_BLOCK_ROWS), batch)](
+    num_samples = samples.shape[1]
+    samples_kernel[(triton.cdiv(num_samples, _SAMPLES_BLOCK_ROWS), batch)](
         *(*x, weight, bias, samples),
         dilation,
         num_rows,
+        first_row,
+        num_samples,
         NUM_INPUTS=num_inputs,
         NUM_TAPS=len(weight),
         BLOCK_ROWS=_SAMPLES_BLOCK_ROWS,
@@ -132,7 +157,9 @@ def convolve_to_samples(
     )
 
 
-@triton.jit(do_not_specialize=["num_frames"], do_not_specialize_on_alignment=["codes_ptr"])
+@triton.jit(
+    do_not_specialize=["num_frames", "first_frame"], do_not_specialize_on_alignment=["codes_ptr"]
+)
 def sum_codes_kernel(
     codes_ptr,
     table_ptr,
@@ -140,27 +167,33 @@ def sum_codes_kernel(
     high_ptr,
     low_ptr,
     num_frames,
+    first_frame,
     NUM_CODEBOOKS: tl.constexpr,
     CODEBOOK_SIZE: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,
     NUM_OUTPUTS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
 ):
-    frame, window = tl.program_id(0), tl.program_id(1)
+    row, window = tl.program_id(0), tl.program_id(1)
+    codes_ptr += window * NUM_CODEBOOKS * num_frames + first_frame + row
     outputs = tl.arange(0, BLOCK_OUTPUTS)
     is_column = outputs < NUM_COLUMNS
     total = tl.zeros((BLOCK_OUTPUTS,), tl.float32)
     for codebook in tl.static_range(NUM_CODEBOOKS):
-        code = tl.load(codes_ptr + (window * NUM_CODEBOOKS + codebook) * num_frames + frame)
-        row = codebook * CODEBOOK_SIZE + code.to(tl.int32)
-        total += tl.load(table_ptr + row * NUM_COLUMNS + outputs, mask=is_column, other=0.0)
+        code = tl.load(codes_ptr + codebook * num_frames)
+        entry = codebook * CODEBOOK_SIZE + code.to(tl.int32)
+        total += tl.load(table_ptr + entry * NUM_COLUMNS + outputs, mask=is_column, other=0.0)
     total += tl.load(bias_ptr + outputs, mask=is_column, other=0.0)
-    at = (window * num_frames + frame).to(tl.int64) * NUM_OUTPUTS + outputs
+    at = (window * tl.num_programs(0) + row).to(tl.int64) * NUM_OUTPUTS + outputs
     _store_pair(high_ptr, low_ptr, at, total, outputs < NUM_OUTPUTS)
 
 
-# Compiled once for all lengths, numbers of windows and dilations.
-@triton.jit(do_not_specialize=["dilation", "num_rows"])
+# Compiled once for all lengths, parts, numbers of windows and dilations.
+@triton.jit(
+    do_not_specialize=[
+        *("dilation", "num_rows", "first_row", "num_out_rows", "shift", "num_plain_rows")
+    ]
+)
 def convolve_kernel(
     high_ptr,
     low_ptr,
@@ -174,22 +207,27 @@ def convolve_kernel(
     out_low_ptr,
     plain_ptr,
     dilation,
-    num_rows,
+    num_rows,  # of a window of the input
+    first_row,
+    num_out_rows,  # of a window of the result
+    shift,
+    num_plain_rows,  # from one window of residual and plain to the next
     NUM_OUTPUTS: tl.constexpr,
     NUM_INPUTS: tl.constexpr,  # a multiple of BLOCK_INPUTS
     NUM_TAPS: tl.constexpr,
-    SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    steps = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     outputs = tl.program_id(1) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     # Outputs beyond the last repeat it.
     columns = tl.minimum(outputs, NUM_OUTPUTS - 1)
-    first_row = tl.program_id(2).to(tl.int64) * num_rows
-    high_ptr += first_row * NUM_INPUTS
-    low_ptr += first_row * NUM_INPUTS
+    window = tl.program_id(2).to(tl.int64)
+    high_ptr += window * num_rows * NUM_INPUTS
+    low_ptr += window * num_rows * NUM_INPUTS
+    rows = first_row + steps
     NUM_BLOCKS: tl.constexpr = NUM_INPUTS // BLOCK_INPUTS
     within = tl.arange(0, BLOCK_INPUTS)
 
@@ -210,21 +248,22 @@ def convolve_kernel(
         total = tl.dot(low, weight_high, total)
 
     total += tl.load(bias_ptr + columns)[None, :]
-    at = rows[:, None] * NUM_OUTPUTS + outputs[None, :] - SHIFT
-    is_there = (at >= 0) & (at < num_rows * NUM_OUTPUTS) & (outputs < NUM_OUTPUTS)[None, :]
-    first = first_row * NUM_OUTPUTS
+    at = steps[:, None] * NUM_OUTPUTS + outputs[None, :] - shift * WIDTH
+    is_there = (at >= 0) & (at < num_out_rows * WIDTH) & (outputs < NUM_OUTPUTS)[None, :]
+    first_plain = window * num_plain_rows * WIDTH
     if residual_ptr is not None:
-        total += tl.load((residual_ptr + first) + at, mask=is_there, other=0.0)
+        total += tl.load((residual_ptr + first_plain) + at, mask=is_there, other=0.0)
     if plain_ptr is not None:
-        tl.store((plain_ptr + first) + at, total, mask=is_there)
+        tl.store((plain_ptr + first_plain) + at, total, mask=is_there)
     if alpha_ptr is not None:
         alpha = tl.load(alpha_ptr + columns)[None, :]
         inverse = tl.load(inverse_ptr + columns)[None, :]
         total += _sin_squared(alpha * total) * inverse
+    first = window * num_out_rows * WIDTH
     _store_pair(out_high_ptr + first, out_low_ptr + first, at, total, is_there)
 
 
-@triton.jit(do_not_specialize=["dilation", "num_rows"])
+@triton.jit(do_not_specialize=["dilation", "num_rows", "first_row", "num_samples"])
 def samples_kernel(
     high_ptr,
     low_ptr,
@@ -233,17 +272,20 @@ def samples_kernel(
     samples_ptr,
     dilation,
     num_rows,
+    first_row,
+    num_samples,
     NUM_INPUTS: tl.constexpr,
     NUM_TAPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    at_samples = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inputs = tl.arange(0, BLOCK_INPUTS)
     is_input = inputs < NUM_INPUTS
-    first_row = tl.program_id(1).to(tl.int64) * num_rows
-    high_ptr += first_row * NUM_INPUTS
-    low_ptr += first_row * NUM_INPUTS
+    window = tl.program_id(1).to(tl.int64)
+    high_ptr += window * num_rows * NUM_INPUTS
+    low_ptr += window * num_rows * NUM_INPUTS
+    rows = first_row + at_samples
     total = tl.zeros((BLOCK_ROWS, BLOCK_INPUTS), tl.float32)
     for tap in tl.static_range(NUM_TAPS):
         tap_rows = rows + (tap - NUM_TAPS // 2) * dilation
@@ -255,7 +297,8 @@ def samples_kernel(
         total += x * weight[None, :]
     samples = tl.sum(total, 1) + tl.load(bias_ptr)
     samples = tl.minimum(tl.maximum(samples, -1.0), 1.0)
-    tl.store(samples_ptr + first_row + rows, samples, mask=rows < num_rows)
+    at = window * num_samples + at_samples
+    tl.store(samples_ptr + at, samples, mask=at_samples < num_samples)
 
 
 @triton.jit

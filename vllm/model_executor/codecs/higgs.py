@@ -257,9 +257,8 @@ class HiggsCodec(Codec):
             return torch.stack([wave_decoder(each, first, last) for each in codes])
         pair_decoder = self._pair_decoder
         if pair_decoder is not None and codes.device == pair_decoder.device:
-            samples = pair_decoder(codes)
-        else:
-            samples = self._decode_with_torch(codes)
+            return pair_decoder(codes, first, last)
+        samples = self._decode_with_torch(codes)
         return samples[:, first * self.hop_length : last * self.hop_length]
 
     def _decode_with_torch(self, codes: Tensor) -> Tensor:

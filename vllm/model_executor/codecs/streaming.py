@@ -7,10 +7,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
-__all__ = ["DEFAULT_RAMP", "Window", "WindowPlan"]
+__all__ = ["DEFAULT_RAMP", "Window", "WindowPlan", "WindowShape"]
 
 DEFAULT_RAMP = (4, 8, 16, 25)
+
+
+class WindowShape(NamedTuple):
+    """What the work of a decode depends on: so many frames, of which some are computed."""
+
+    num_frames: int
+    first: int
+    last: int  # the first one behind them
+
+    def holds(self, other: WindowShape) -> bool:
+        """Whether all that ``other`` computes is computed here, of as many frames."""
+        is_within = self.first <= other.first and other.last <= self.last
+        return self.num_frames == other.num_frames and is_within
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,13 @@ class Window:
     def num_emitted(self) -> int:
         """Frames whose samples are new."""
         return self.emit_stop - self.emit_start
+
+    @property
+    def shape(self) -> WindowShape:
+        """Its frames counted from its own first one."""
+        return WindowShape(
+            self.num_frames, self.emit_start - self.start, self.emit_stop - self.start
+        )
 
 
 @dataclass(frozen=True)
@@ -89,13 +110,20 @@ class WindowPlan:
     @cached_property
     def window_lengths(self) -> tuple[int, ...]:
         """Frames of the windows that every long stream has, rising; its last may be others."""
-        lengths, emitted = set(), 0
-        while emitted <= sum(self.ramp) + self.context:
-            window = self.next_window(emitted, 2**40, final=False)
-            assert window is not None
-            lengths.add(window.num_frames)
-            emitted = window.emit_stop
-        return tuple(sorted(lengths))
+        return tuple(sorted({shape.num_frames for shape in self._steady_shapes}))
+
+    @cached_property
+    def usual_shapes(self) -> tuple[WindowShape, ...]:
+        """Shapes of these windows, and of each length one more, which holds every end of a stream.
+
+        Behind the last frame there is no context, so what is emitted may reach as far as the window
+        does; where it begins differs.
+        """
+        shapes = set(self._steady_shapes)
+        for length in self.window_lengths:
+            first = min(each.first for each in self._steady_shapes if each.num_frames == length)
+            shapes.add(WindowShape(length, first, length))
+        return tuple(sorted(shapes))
 
     @property
     def num_kept(self) -> int:
@@ -105,6 +133,16 @@ class WindowPlan:
     def next_due(self, available: int) -> int:
         """Frame count above ``available`` at which the next window becomes due."""
         return self._boundary_after(max(available - self.context, 0)) + self.context
+
+    @cached_property
+    def _steady_shapes(self) -> frozenset[WindowShape]:
+        shapes, emitted = set(), 0
+        while emitted <= sum(self.ramp) + self.context:
+            window = self.next_window(emitted, 2**40, final=False)
+            assert window is not None
+            shapes.add(window.shape)
+            emitted = window.emit_stop
+        return frozenset(shapes)
 
     def _widened(self, start: int, stop: int) -> int:
         """The latest start up to ``start`` that gives a usual length; else ``start`` itself."""

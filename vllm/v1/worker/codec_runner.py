@@ -88,7 +88,7 @@ class CodecRunner:
         # after the other, shapes that hardly occur twice would cost more than all others together.
         self._plan = WindowPlan(codec.context_frames, ramp, widens_last=graphs is not None)
         if graphs is not None:
-            self._decoder.record(graphs, self._plan.window_lengths, max_batch=MAX_CUDA_BATCH)
+            self._decoder.record(graphs, self._plan.usual_shapes, max_batch=MAX_CUDA_BATCH)
         self._max_batch = MAX_CUDA_BATCH if self._device.type == "cuda" else 1
         # Everything below is guarded by this lock, which no torch operation holds.
         self._changed = threading.Condition()
@@ -247,11 +247,11 @@ class CodecRunner:
         self._ready.sort(key=_deadline)
         if self._clips and self._clips[0].deadline < _deadline(self._ready[0]):
             return []
-        num_frames = self._ready[0][1].num_frames
+        shape = self._decoder.shape_of(self._ready[0][1])
         batch: list[tuple[_Stream, Window]] = []
         others: list[tuple[_Stream, Window]] = []
         for item in self._ready:
-            fits = len(batch) < self._max_batch and item[1].num_frames == num_frames
+            fits = len(batch) < self._max_batch and self._decoder.shape_of(item[1]) == shape
             (batch if fits else others).append(item)
         self._ready = others
         return batch

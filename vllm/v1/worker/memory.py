@@ -16,6 +16,7 @@ _SHARE_OF_HOST = 0.5  # of a host's free memory, when nobody said how much
 
 # What a card needs beside weights and pages. Estimates: none was measured on a card.
 _BYTES_PER_GRAPH = 8 * 2**20
+_BYTES_PER_CODEC_GRAPH = 2 * 2**20  # a quarter of the launches
 _LIVE_TENSORS = 3  # as wide as the widest, in a step
 _LIVE_CODEC_TENSORS = 4  # the same, in a codec's last and widest layers
 _CODEC_CHANNELS = 32  # of these, per sample
@@ -30,13 +31,14 @@ class StepSizes:
     max_rows: int  # of a step, prefill included
     widest_row: int  # numbers in the widest row of activations
     bytes_per_number: int
+    num_codec_graphs: int
     codec_batch: int  # windows decoded together
     codec_samples: int  # of the longest window
 
     @property
     def graph_bytes(self) -> int:
-        """Recorded steps."""
-        return self.num_graphs * _BYTES_PER_GRAPH
+        """Recorded steps and batches of windows."""
+        return self.num_graphs * _BYTES_PER_GRAPH + self.num_codec_graphs * _BYTES_PER_CODEC_GRAPH
 
     @property
     def activation_bytes(self) -> int:
@@ -81,6 +83,7 @@ class CardMemory:
             f"{_gib(self.total_bytes)} on the card x {self.utilization:g} "
             f"- {_gib(self.used_bytes)} in use (weights, codec, other programs) "
             f"- {_gib(sizes.graph_bytes)} for {sizes.num_graphs} graphs "
+            f"and {sizes.num_codec_graphs} of the codec "
             f"- {_gib(sizes.activation_bytes)} for steps of {sizes.max_rows} rows "
             f"- {_gib(sizes.codec_bytes)} for {sizes.codec_batch} codec windows "
             f"= {_gib(self.available_bytes)}"

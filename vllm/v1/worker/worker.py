@@ -19,7 +19,7 @@ from vllm.kernels.dependent_launch import DependentLaunch
 from vllm.kernels.fused_step import can_fuse
 from vllm.kernels.linear import find_row_quantum
 from vllm.logger import get_logger
-from vllm.model_executor.codecs import ClipCache, Codec, load_codec
+from vllm.model_executor.codecs import ClipCache, Codec, WindowPlan, load_codec
 from vllm.model_executor.models import SpeechModel, load_model
 from vllm.platforms import (
     check_dependent_launch,
@@ -39,6 +39,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.memory import CardMemory, KVBudget, StepSizes, num_kv_blocks
 from vllm.v1.worker.model_state import CodebookModelState
 from vllm.v1.worker.prefill import EagerPrefill, Prefiller
+from vllm.v1.worker.window_decoder import recorded_sizes
 
 __all__ = ["Worker", "WorkerInfo"]
 
@@ -221,6 +222,8 @@ class Worker:
         prefill = PrefillSizes(max_num_tokens).all if self._records_prefill else []
         num_graphs = len(DecodeSizes(self._max_num_seqs, spec.max_model_len).all) + len(prefill)
         num_frames = max(config.audio.stream_ramp) + 2 * codec.context_frames
+        windows = WindowPlan(codec.context_frames, config.audio.stream_ramp, widens_last=True)
+        codec_graphs = recorded_sizes(windows.usual_shapes, MAX_CUDA_BATCH)
         torch.cuda.empty_cache()
         memory = self._platform.memory()
         return CardMemory(
@@ -234,6 +237,7 @@ class Worker:
                 ),
                 widest_row=self._model.largest_matrix // spec.hidden_size,
                 bytes_per_number=spec.dtype.itemsize,
+                num_codec_graphs=0 if config.device.enforce_eager else len(codec_graphs),
                 codec_batch=MAX_CUDA_BATCH,
                 codec_samples=num_frames * codec.hop_length,
             ),
