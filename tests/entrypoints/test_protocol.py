@@ -118,6 +118,11 @@ def test_both_spellings_of_a_reference() -> None:
     assert (body.reference_audio, body.reference_transcript) == ("AAAA", "t")
 
 
+def test_a_clip_needs_words() -> None:
+    with pytest.raises(ValidationError, match="ref_text is missing"):
+        AudioSpeechRequest(input="a", ref_audio="AAAA", ref_text=" ")
+
+
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(

@@ -75,9 +75,12 @@ def test_every_field_is_honoured_together(start_server: Any, clip: str) -> None:
     assert 0 < server.engine.timeouts[0] <= 8000
 
 
-def test_a_clip_without_transcript_gets_the_proxys(start_server: Any, clip: str) -> None:
+@pytest.mark.parametrize("fields", [{}, {"reference_text": " "}])
+def test_a_clip_without_transcript_gets_the_proxys(
+    start_server: Any, clip: str, fields: dict[str, str]
+) -> None:
     server = start_server()
-    server.client.post("/generate", json={"text": "a", "reference_audio_base64": clip})
+    server.client.post("/generate", json={"text": "a", "reference_audio_base64": clip, **fields})
     assert server.engine.seen[0][0].ref_text == "Please speak naturally."
 
 

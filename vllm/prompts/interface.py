@@ -157,8 +157,9 @@ class SpeechPrompt:
     def _check_text(self) -> None:
         if self.text is None or not self.text.strip():
             raise InvalidRequestError("input is empty; give the text to speak", param="input")
-        if (self.ref_audio is None) != (self.ref_text is None):
-            missing = "ref_text" if self.ref_text is None else "ref_audio"
+        has_words = self.ref_text is not None and bool(self.ref_text.strip())
+        if (self.ref_audio is not None) != has_words:
+            missing = "ref_audio" if has_words else "ref_text"
             raise InvalidRequestError(
                 f"{missing} is missing; ref_audio and its transcript ref_text go together",
                 param=missing,

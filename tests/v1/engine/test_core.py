@@ -323,9 +323,12 @@ def test_clips_are_refused_by_a_codec_without_an_encoder(make_driver: Callable[.
 
 def test_inline_clips_need_samples(make_driver: Callable[..., Any]) -> None:
     driver = make_driver()
-    bad = SpeechPrompt(text="Hi.", ref_audio=np.zeros((2, 2), np.float32), ref_text="Hi.")
-    with pytest.raises(InvalidRequestError, match="ref_audio"):
-        driver.speak(bad, SamplingParams())
+    for clip in (np.zeros((2, 2), np.float32), np.zeros(960, np.int16), "clip.wav"):
+        bad = SpeechPrompt(text="Hi.", ref_audio=clip, ref_text="Hi.")
+        with pytest.raises(InvalidRequestError, match="ref_audio"):
+            driver.speak(bad, SamplingParams())
+    with pytest.raises(InvalidRequestError, match="ref_text is missing"):
+        SpeechPrompt(text="Hi.", ref_audio=np.zeros(960, np.float32), ref_text=" ")
     tone = np.sin(np.arange(24_001) / 30).astype(np.float32)
     good = SpeechPrompt(text="Hi.", ref_audio=tone, ref_text="A tone.")
     items = driver.speak(good, SamplingParams(max_tokens=20))

@@ -110,7 +110,8 @@ class GenerateRequest(BaseModel):
         if not self.text.strip():
             raise InvalidRequestError("Text cannot be empty", param="text")
         clip = self.reference_audio_base64 or None
-        transcript = self.reference_text or _USUAL_TRANSCRIPT
+        words = self.reference_text or ""
+        transcript = words if words.strip() else _USUAL_TRANSCRIPT
         return AudioSpeechRequest.model_validate(
             {
                 **self.model_dump(exclude={"text", "reference_audio_base64", "reference_text"}),

@@ -280,7 +280,7 @@ class AudioSpeechRequest(SamplingOptions):
                 "stream_format='sse' is not allowed with stream=false; leave stream out",
                 param="stream_format",
             )
-        if self.reference_audio and not self.reference_transcript:
+        if self.reference_audio and not (self.reference_transcript or "").strip():
             raise InvalidRequestError(
                 "ref_text is missing; give the transcript of ref_audio", param="ref_text"
             )

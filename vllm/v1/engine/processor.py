@@ -192,14 +192,16 @@ class Processor:
             from vllm.audio.reference import decode_clip
 
             return decode_clip(clip, sample_rate=self._info.sample_rate, pad_to=hop)
-        samples = np.asarray(clip, np.float32)
-        if samples.ndim != 1 or samples.size == 0 or not np.isfinite(samples).all():
+        samples = np.asarray(clip)
+        is_real = np.issubdtype(samples.dtype, np.floating)
+        if not is_real or samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():
             raise InvalidRequestError(
-                f"ref_audio of shape {samples.shape} is not allowed; give finite mono samples "
-                f"[num_samples] at {self._info.sample_rate} Hz, or the bytes of an audio file",
+                f"ref_audio of type {samples.dtype} and shape {samples.shape} is not allowed; give "
+                f"finite mono samples [num_samples] in [-1, 1] at {self._info.sample_rate} Hz as "
+                "floats, or the bytes of an audio file",
                 param="ref_audio",
             )
-        return np.pad(samples, (0, -samples.size % hop))
+        return np.pad(samples.astype(np.float32), (0, -samples.size % hop))
 
     def _text_parts(
         self, prompt: SpeechPrompt, voice: Voice, speakers: Sequence[Speaker]
