@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+
+from vllm.entrypoints.bosonai.batch_speech import with_defaults
 
 URL = "/v1/audio/speech/batch"
 
@@ -44,6 +47,60 @@ def test_the_audio_is_that_of_a_single_request(live: Any) -> None:
     alone = live.client.post("/v1/audio/speech", json={**item, "stream": False}).content
     batch = live.client.post(URL, json={"items": [item] * 3}).json()["results"]
     assert [base64.b64decode(each["audio_data"]) for each in batch] == [alone] * 3
+
+
+def test_fields_beside_the_items_are_theirs_where_they_lack_them(
+    start_server: Any, fake_engine: Any
+) -> None:
+    server = start_server(fake_engine())
+    body = {
+        "items": [{"input": "a"}, {"input": "b", "response_format": "wav", "seed": None}],
+        "response_format": "flac",
+        "seed": 3,
+        "request_id": "whole",
+    }
+    reply = server.client.post(URL, json=body)
+    results = reply.json()["results"]
+    assert [each["media_type"] for each in results] == ["audio/flac", "audio/wav"]
+    assert [each["seed"] for each in results] == [3, 3]
+    assert reply.headers["x-request-id"] == "whole"
+    assert all("-whole-" in request_id for _, _, request_id in server.engine.seen)
+    wrong = server.client.post(URL, json={"items": [{"input": "a"}], "voice": "nobody"}).json()
+    assert wrong["results"][0]["error"]["param"] == "voice"
+
+
+@pytest.mark.parametrize(
+    ("item", "shared", "expected"),
+    [
+        ({"max_new_tokens": 9}, {"max_tokens": 30}, {"max_new_tokens": 9}),
+        ({"voice": "a"}, {"ref_audio": "AAAA", "ref_text": "b"}, {"voice": "a"}),
+        (
+            {"reference_audio_base64": "A", "reference_text": "b"},
+            {"voice": "c"},
+            {"reference_audio_base64": "A", "reference_text": "b"},
+        ),
+        ({"ras_win_len": None}, {"ras_window_length": 7}, {"ras_win_len": None}),
+        ({"voice": None}, {"voice": "c"}, {"voice": "c"}),
+    ],
+)
+def test_an_item_goes_before_its_batch(
+    item: dict[str, Any], shared: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert with_defaults(item, shared) == expected
+
+
+def test_a_cancelled_batch_starts_no_further_item(start_server: Any, fake_engine: Any) -> None:
+    server = start_server(fake_engine(holds_at=0, max_num_seqs=1))
+    with ThreadPoolExecutor(1) as pool:
+        body = {"items": [{"input": "a"}] * 3, "request_id": "whole"}
+        asked = pool.submit(server.client.post, URL, json=body)
+        server.wait_until(lambda: len(server.engine.seen) == 1)
+        reply = server.client.post("/cancel", json={"request_id": "whole"}).json()
+        assert reply["num_cancelled"] == 1
+        server.engine.go_on.set()
+        results = asked.result().json()["results"]
+    assert [each["error"]["code"] for each in results] == ["aborted"] * 3
+    assert len(server.engine.seen) == 1
 
 
 @pytest.mark.parametrize("items", [[], [{"input": "a"}] * 33, "a", ["a"]])

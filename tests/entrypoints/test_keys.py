@@ -86,6 +86,8 @@ def test_requests_at_once(start_server: Any, fake_engine: Any) -> None:
         refused = server.client.post("/v1/audio/speech", json=SPEECH, headers=KEY)
         assert refused.status_code == 429, refused.text[:200]
         assert refused.headers["retry-after"] == "1"
+        wish = {"request_id": reply.headers["x-request-id"]}
+        assert server.client.post("/cancel", json=wish, headers=KEY).status_code == 200
     engine.go_on.set()
     server.wait_until(
         lambda: server.client.post("/v1/audio/speech", json=SPEECH, headers=KEY).status_code == 200
@@ -93,7 +95,8 @@ def test_requests_at_once(start_server: Any, fake_engine: Any) -> None:
 
 
 def test_a_request_right_after_a_reply_is_not_one_too_many() -> None:
-    scope = {"type": "http", "method": "POST", "headers": [(b"authorization", b"Bearer one")]}
+    headers = [(b"authorization", b"Bearer one")]
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
     statuses: list[int] = []
 
     async def send(message: Any) -> None:

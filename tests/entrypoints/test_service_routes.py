@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+from vllm.exceptions import InvalidRequestError
+
 TEXT = "Hello there."
 LIMIT_S = 100  # bounds a hang
 
@@ -196,6 +198,8 @@ def test_stats_count_what_was_let_in(start_server: Any, fake_engine: Any) -> Non
     server.client.post("/v1/audio/speech", json=speak)
     server.client.post("/v1/audio/speech", json={**speak, "voice": "nobody"})
     server.client.post("/v1/audio/speech", json={})
+    server.engine.fail_before = InvalidRequestError("refused", param="input")
+    server.client.post("/v1/audio/speech", json=speak)
     server.engine.fail_before = RuntimeError("broken")
     server.client.post("/v1/audio/speech", json=speak)
     stats = server.client.get("/stats").json()

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from vllm.entrypoints.bosonai.admission import Admission, Ticket, make_ticket
+from vllm.entrypoints.bosonai.admission import Admission, Ticket, make_ticket, ticket_maker
+from vllm.entrypoints.openai.protocol import SamplingOptions
 from vllm.entrypoints.server_config import ServerConfig
-from vllm.exceptions import InvalidRequestError, OverloadedError
+from vllm.exceptions import InvalidRequestError, OverloadedError, RequestAbortedError
 
 
 def make_admission(*, limit: int = 0, num_slots: int = 2) -> Admission:
@@ -70,13 +71,26 @@ def test_a_free_slot_goes_to_the_smallest_priority_then_the_oldest() -> None:
     assert queued_ids(admission) == ["plain", "next", "late"]
 
 
-def test_a_request_that_the_engine_began_is_not_queued() -> None:
-    admission = make_admission(limit=9, num_slots=1)
-    enter(admission, "a")
-    second = enter(admission, "b")
-    admission.start(second)
-    assert queued_ids(admission) == []
+def test_a_request_that_the_engine_began_is_not_queued_and_the_one_expected_is() -> None:
+    admission = make_admission(limit=9, num_slots=2)
+    first, second, third = (enter(admission, name) for name in "abc")
+    admission.start(first)
+    admission.start(third)
+    assert queued_ids(admission) == ["b"]
     assert admission.num_running == 2
+    admission.leave(first, succeeded=True)
+    assert second.is_running
+
+
+def test_no_more_are_active_than_there_are_slots() -> None:
+    """The engine gives a slot away before the last audio of a reply is decoded."""
+    admission = make_admission(limit=9, num_slots=1)
+    for name in "ab":
+        admission.start(enter(admission, name))
+    last = enter(admission, "c")
+    assert admission.num_running == 1
+    assert last.headers()["X-Queue-Status"] == "queue=1,active=1"
+    assert (admission.num_open, last.num_open) == (3, 3)
 
 
 def test_live_requests_of_one_id_get_suffixes_and_are_ended_together() -> None:
@@ -105,6 +119,14 @@ def test_counts() -> None:
     assert (counts.total, counts.successful, counts.failed, counts.peak_concurrent) == (3, 1, 1, 3)
     assert counts.avg_generation_time_s == counts.generation_time_s > 0.0
     assert make_admission().counts.avg_generation_time_s == 0.0
+
+
+def test_a_request_that_was_wrong_is_not_counted() -> None:
+    admission = make_admission(limit=9, num_slots=1)
+    wrong, waiting = enter(admission, "wrong"), enter(admission, "waiting")
+    admission.withdraw(wrong)
+    assert (admission.counts.total, admission.counts.failed, admission.num_open) == (1, 0, 1)
+    assert waiting.is_running
 
 
 @given(
@@ -165,3 +187,18 @@ def test_the_key_matters_only_where_keys_are_needed() -> None:
     raw = make_request(authorization="Bearer abc")
     assert make_ticket(raw, ServerConfig(api_key=("abc",))).owner == "abc"
     assert make_ticket(raw, ServerConfig()).owner == ""
+
+
+def test_items_of_a_cancelled_request_get_no_ticket() -> None:
+    raw, admission = make_request(), make_admission(limit=9)
+    ticket = ticket_maker(raw, ServerConfig())
+    own = SamplingOptions(request_id="own")
+    for item in (SamplingOptions(), SamplingOptions(), own):
+        admission.enter(ticket(item))
+    admission.cancel("from-header-1", "")
+    admission.cancel("own", "")
+    ticket(SamplingOptions())  # single items were ended, not the request
+    admission.cancel("from-header", "")
+    with pytest.raises(RequestAbortedError, match="cancelled"):
+        ticket(SamplingOptions())
+    assert ticket(own).client_id == "own"

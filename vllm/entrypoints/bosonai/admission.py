@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm.entrypoints.bosonai.request_log import SpeechRecord
-from vllm.exceptions import InvalidRequestError, OverloadedError
+from vllm.exceptions import InvalidRequestError, OverloadedError, RequestAbortedError
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -59,14 +59,15 @@ class Ticket:
     position: int = 0  # in the queue at arrival, from 1; 0 started at once
     num_running: int = 0  # at arrival, this one included
     num_queued: int = 0  # at arrival, this one included
+    num_open: int = 0  # running and queued requests at arrival, this one included
     is_running: bool = False
-    is_cancelled: bool = False
+    has_begun: bool = False  # the engine's word, where is_running is a forecast
+    cancelled_as: str = ""  # the id by which it was cancelled
     record: SpeechRecord = field(default_factory=SpeechRecord, repr=False)  # for the log
 
     @property
-    def num_open(self) -> int:
-        """Running and queued requests at arrival, this one included."""
-        return self.num_running + self.num_queued
+    def is_cancelled(self) -> bool:
+        return bool(self.cancelled_as)
 
     @property
     def seconds_left(self) -> float | None:
@@ -127,7 +128,8 @@ class Admission:
 
     @property
     def num_running(self) -> int:
-        return sum(ticket.is_running for ticket in self._open.values())
+        """Slots in use. A reply whose last audio is under way may have given its slot away."""
+        return min(self.num_slots, sum(ticket.is_running for ticket in self._open.values()))
 
     def queued(self) -> list[Ticket]:
         """Requests that have not started, the next one first."""
@@ -159,6 +161,7 @@ class Admission:
         queue = self.queued()
         ticket.num_queued = len(queue)
         ticket.num_running = self.num_running
+        ticket.num_open = self.num_open
         ticket.position = 0 if ticket.is_running else queue.index(ticket) + 1
         self.counts.total += 1
         self.counts.peak_concurrent = max(self.counts.peak_concurrent, self.num_open)
@@ -167,10 +170,19 @@ class Admission:
         """Tell a request that is answered without the engine how it found the server."""
         ticket.num_queued = len(self.queued())
         ticket.num_running = self.num_running + 1
+        ticket.num_open = self.num_open + 1
 
     def start(self, ticket: Ticket) -> None:
-        """The engine has started this request, whatever was expected."""
-        ticket.is_running = True
+        """The engine has started this request, whatever was expected.
+
+        One that came at the same time and was expected to run is queued then, after all.
+        """
+        ticket.has_begun = ticket.is_running = True
+        running = [each for each in self._open.values() if each.is_running]
+        expected = sorted((each for each in running if not each.has_begun), key=_order)
+        num_begun = len(running) - len(expected)
+        for each in expected[max(0, self.num_slots - num_begun) :]:
+            each.is_running = False
 
     def leave(self, ticket: Ticket, *, succeeded: bool) -> None:
         """A request has ended; its slot goes to the next one."""
@@ -182,6 +194,12 @@ class Admission:
         else:
             self.counts.failed += 1
 
+    def withdraw(self, ticket: Ticket) -> None:
+        """A request turned out to be wrong before it began; it counts as one that never came."""
+        del self._open[ticket.request_id]
+        self._fill_slots()
+        self.counts.total -= 1
+
     def cancel(self, request_id: str, owner: str) -> Sequence[Ticket]:
         """Mark every open request of that id and owner as cancelled; returns them."""
         found = [
@@ -190,7 +208,7 @@ class Admission:
             if request_id in (ticket.client_id, ticket.request_id) and ticket.owner == owner
         ]
         for ticket in found:
-            ticket.is_cancelled = True
+            ticket.cancelled_as = request_id
         return found
 
     def _fill_slots(self) -> None:
@@ -239,17 +257,27 @@ def make_ticket(
 
 
 def ticket_maker(raw: Request, config: ServerConfig) -> Callable[[SamplingOptions], Ticket]:
-    """Makes the ticket of each item of a request that holds several; raises as ``make_ticket``."""
+    """Makes the ticket of each item of a request that holds several; raises as ``make_ticket``.
+
+    Once the request as a whole was cancelled by its id, items that share this id get no ticket but
+    RequestAbortedError.
+    """
     _header_timeout(raw)  # a wrong header is no item's fault
+    of_the_whole: list[Ticket] = []
 
     def make(item: SamplingOptions) -> Ticket:
-        return make_ticket(
+        if item.request_id is None and any(t.cancelled_as == t.client_id for t in of_the_whole):
+            raise RequestAbortedError("the request was cancelled")
+        ticket = make_ticket(
             raw,
             config,
             request_id=item.request_id,
             priority=item.priority,
             timeout_s=item.timeout_s,
         )
+        if item.request_id is None:
+            of_the_whole.append(ticket)
+        return ticket
 
     return make
 

@@ -42,7 +42,7 @@ from vllm.entrypoints.bosonai.proxy_routes import PROXY_HEADERS, add_proxy_route
 from vllm.entrypoints.bosonai.reference_audio import ReferenceAudioLoader
 from vllm.entrypoints.bosonai.request_log import RequestLogMiddleware
 from vllm.entrypoints.bosonai.response_cache import CACHE_HEADERS, ResponseCache
-from vllm.entrypoints.bosonai.service_routes import add_service_routes
+from vllm.entrypoints.bosonai.service_routes import UNLIMITED_PATHS, add_service_routes
 from vllm.entrypoints.bosonai.serving_audio import ServingAudio
 from vllm.entrypoints.bosonai.serving_chat import ServingChat, add_chat_routes
 from vllm.entrypoints.bosonai.serving_voices import (
@@ -179,6 +179,7 @@ def _add_middleware(app: FastAPI, args: ServeArgs) -> None:
             KeyLimitMiddleware,
             per_minute=config.requests_per_minute,
             at_once=config.max_requests_per_key,
+            free_paths=UNLIMITED_PATHS,
         )
     if config.keys:
         app.add_middleware(ApiKeyMiddleware, keys=config.keys)

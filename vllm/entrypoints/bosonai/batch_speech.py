@@ -24,7 +24,7 @@ from vllm.entrypoints.bosonai.serving_audio import ServingAudio
 from vllm.entrypoints.bosonai.speech_reply import Ending, summary
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.openai.errors import read_body, to_response
-from vllm.entrypoints.openai.protocol import AudioSpeechRequest
+from vllm.entrypoints.openai.protocol import AudioSpeechRequest, RequestId, SamplingOptions
 from vllm.entrypoints.openai.reply_bodies import SpeechResults
 from vllm.entrypoints.openai.reply_docs import error_replies, json_reply
 
@@ -40,9 +40,16 @@ __all__ = [
     "read_item",
     "speak",
     "speak_all",
+    "with_defaults",
 ]
 
 _MAX_ITEMS = 32
+# Fields of which an item that gives one takes none of its batch's.
+_SPEECH_SPELLINGS = AudioSpeechRequest.spellings
+_GROUPS = (
+    ("voice", "voices", *_SPEECH_SPELLINGS["ref_audio"], *_SPEECH_SPELLINGS["ref_text"]),
+    *SamplingOptions.spellings.values(),
+)
 
 
 @dataclass(frozen=True)
@@ -121,11 +128,22 @@ def read_item(fields: Mapping[str, Any]) -> AudioSpeechRequest:
     return read_body(AudioSpeechRequest, {**fields, "stream": False})
 
 
+def with_defaults(fields: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of an item, and those of its batch that it does not give itself.
+
+    Null is as good as absent in an item, except in the RAS fields, where it switches RAS off.
+    """
+    own = {k: v for k, v in fields.items() if v is not None or k.startswith("ras_")}
+    replaced = {key for group in _GROUPS if own.keys() & set(group) for key in group}
+    return {**{k: v for k, v in shared.items() if k not in replaced}, **own}
+
+
 class SpeechBatchRequest(BaseModel):
-    """Body of ``POST /v1/audio/speech/batch``."""
+    """Body of ``POST /v1/audio/speech/batch``; other fields are those of items that lack them."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
 
+    request_id: RequestId
     items: Annotated[
         list[dict[str, Any]],
         Field(
@@ -150,8 +168,13 @@ def add_batch_routes(
         synthesizer.ready_engine()
         synthesizer.admission.check_room()
 
+        raw.state.request_id = body.request_id or raw.state.request_id
         ticket = ticket_maker(raw, config)
-        items = [BatchItem(partial(read_item, fields), ticket) for fields in body.items]
+        shared = body.model_extra or {}
+        items = [
+            BatchItem(partial(read_item, with_defaults(fields, shared)), ticket)
+            for fields in body.items
+        ]
         work = speak_all(serving, items, num_together=synthesizer.admission.num_slots)
         results = await unless_client_leaves(raw.receive, work)
         succeeded = sum(isinstance(result, Spoken) for result in results)

@@ -158,6 +158,7 @@ class KeyLimitMiddleware:
         app: takes what is let through.
         per_minute: requests in any 60 seconds, refused ones left out; 0 is no limit.
         at_once: requests whose replies are not complete; 0 is no limit.
+        free_paths: of requests that neither count nor are refused.
         clock: monotonic seconds.
     """
 
@@ -166,17 +167,19 @@ class KeyLimitMiddleware:
         app: ASGIApp,
         per_minute: int,
         at_once: int,
+        free_paths: Collection[str] = frozenset(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
         self._per_minute = per_minute
         self._at_once = at_once
+        self._free_paths = free_paths
         self._clock = clock
         self._arrivals: defaultdict[str, deque[float]] = defaultdict(deque)
         self._num_open: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or not self._counts(scope):
             await self._app(scope, receive, send)
             return
         key = Headers(scope=scope).get("authorization", "").partition(" ")[2].strip()
@@ -202,6 +205,9 @@ class KeyLimitMiddleware:
             await self._app(scope, receive, watch)
         finally:
             close()
+
+    def _counts(self, scope: Scope) -> bool:
+        return scope["method"] == "POST" and _path_of(scope) not in self._free_paths
 
     def _refusal(self, key: str) -> Response | None:
         """The reply to a request that is one too many; otherwise the request is counted."""

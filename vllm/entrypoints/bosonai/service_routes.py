@@ -34,9 +34,11 @@ from vllm.exceptions import HiggsAudioError
 if TYPE_CHECKING:
     from vllm.entrypoints.cli_args import ServeArgs
 
-__all__ = ["MODE", "CancelRequest", "add_service_routes"]
+__all__ = ["MODE", "UNLIMITED_PATHS", "CancelRequest", "add_service_routes"]
 
 MODE = "vllm"  # how the proxy's replies name the engine that made them
+#: What a key may ask for beyond its limits: whoever is at them must be able to end something.
+UNLIMITED_PATHS = frozenset({"/cancel"})
 
 _HEALTH_STATUS = {
     HostState.READY: "ok",

@@ -104,7 +104,7 @@ class Synthesizer:
     ) -> AsyncGenerator[SpeechOutput]:
         """The engine's outputs, between entering and leaving."""
         self.admission.enter(ticket)
-        has_audio = has_succeeded = False
+        has_audio = has_succeeded = was_refused = False
         try:
             async with aclosing(outputs):
                 async for output in outputs:
@@ -112,8 +112,14 @@ class Synthesizer:
                     has_audio = has_audio or output.audio.size > 0
                     has_succeeded = has_audio and _is_success(output)
                     yield output
+        except InvalidRequestError:
+            was_refused = True
+            raise
         finally:
-            self.admission.leave(ticket, succeeded=has_succeeded)
+            if was_refused:
+                self.admission.withdraw(ticket)
+            else:
+                self.admission.leave(ticket, succeeded=has_succeeded)
 
     async def _generate(
         self,
