@@ -7,6 +7,7 @@ The peer is transformers' own model class on the same files.
     python -m benchmarks.codec_decode --sizes full --num-frames 250 --json out.json
     python -m benchmarks.codec_decode --num-threads 1 --clock thread
     python -m benchmarks.codec_decode --rounding --sizes full embedded --num-frames 50
+    python -m benchmarks.codec_decode --count --sizes full
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks._codec_work import format_counts, windows_of
 from benchmarks._report import format_table, write_json
 from benchmarks._timing import CLOCKS, interleave, ratio
 from vllm.checkpoints.embedded import embedded_checkpoint
@@ -58,7 +60,7 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     shape = (1, codec.num_codebooks, num_frames)
     codes = torch.randint(codec.codebook_size, shape, generator=generator).to(device)
-    windows = plan_windows(codec, num_frames)
+    windows = windows_of(WindowPlan(codec.context_frames, DEFAULT_RAMP), num_frames)
 
     rivals = {
         "one-shot": lambda: synchronized(codec.decode(codes)),
@@ -217,17 +219,6 @@ def load_reference(folder: Path) -> Any:
     return model.eval()
 
 
-def plan_windows(codec: Codec, num_frames: int) -> list[Window]:
-    """Windows of a stream whose frames are all there."""
-    plan = WindowPlan(codec.context_frames, DEFAULT_RAMP)
-    windows: list[Window] = []
-    emitted = 0
-    while (window := plan.next_window(emitted, num_frames, final=True)) is not None:
-        windows.append(window)
-        emitted = window.emit_stop
-    return windows
-
-
 def decode_streamed(codec: Codec, codes: Tensor, windows: Sequence[Window]) -> Tensor:
     """Samples [1, num_frames * hop] of all windows, one after another."""
     return torch.cat([decode_window(codec, codes, window) for window in windows], dim=1)
@@ -288,12 +279,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rounding", action="store_true", help="measure the noise of rounded products instead"
     )
+    parser.add_argument(
+        "--count",
+        action="store_true",
+        help="count the multiply-adds of windows, whole and in part, instead",
+    )
+    parser.add_argument(
+        "--arch", type=int, default=90, help="with --count: compute capability of the tiles"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)
     if "embedded" in arguments.sizes and not arguments.rounding:
         parser.error("--sizes embedded: only with --rounding, since the peer does not load it")
+    if arguments.count:
+        for size in arguments.sizes:
+            print(format_counts(size, num_frames=arguments.num_frames, arch=arguments.arch))
+        return 0
     if arguments.rounding:
         for size in arguments.sizes:
             ratios = measure_rounding(size, num_frames=arguments.num_frames)

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks._report import format_table, write_json
-from benchmarks.gpu import floors
+from benchmarks.gpu import codec, floors
 from benchmarks.gpu.ledger import Ledger
 from benchmarks.gpu.random_engine import write_folder
 from benchmarks.gpu.suite import ABLATIONS, FULL, QUICK, TOY, Suite
@@ -130,10 +130,13 @@ def predicted(suite: Suite) -> str:
                 ]
             )
     at_best = suite.ceilings
+    windows = ["codec, a window", "whole, Gop", "part, Gop", "whole, floor us", "part, floor us"]
+    windows.append("floor us per audio s")
     return (
         f"Predicted, not measured: {at_best.read_bytes_s / 1e12:g} TB/s and "
         f"{at_best.matmul_ops_s / 1e12:g} Top/s, {at_best.source}\n"
-    ) + format_table(header, rows)
+        f"{format_table(header, rows)}\n\n{format_table(windows, codec.predicted(suite))}"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

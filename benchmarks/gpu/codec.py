@@ -1,7 +1,8 @@
 """Section ``codec``: windows of frames to samples, in each type, beside what the layers cost.
 
-Pairs of bfloat16 in kernels of our own are how the engine decodes. The others are cuDNN's: float32,
-which ``--codec-kernels torch`` takes, TF32 if it were let, and float16.
+Pairs of bfloat16 in kernels of our own are how the engine decodes, and only what new samples depend
+on. The others are cuDNN's, of whole windows: float32, which ``--codec-kernels torch`` takes, TF32 if
+it were let, and float16.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks._codec_work import codec_without_values, multiply_adds, whole_window
 from benchmarks.gpu.clock import seconds_per_call
 from benchmarks.gpu.floors import Work
 from benchmarks.gpu.suite import Suite
+from vllm.kernels import native
 from vllm.model_executor.codecs import load_codec
 from vllm.model_executor.codecs.interface import Codec
-from vllm.model_executor.codecs.streaming import DEFAULT_RAMP
+from vllm.model_executor.codecs.streaming import DEFAULT_RAMP, WindowPlan, WindowShape
 
-__all__ = ["load_pairs", "run"]
+__all__ = ["load_pairs", "operations_per_audio_s", "predicted", "run"]
 
 _WANTED_SNR_DB = 60.0
+_PRODUCTS = {"pairs": 3}  # on tensor cores for each multiply-add, where it is not one
 
 
 def run(suite: Suite) -> None:
@@ -37,11 +40,10 @@ def run(suite: Suite) -> None:
         with suite.attempt("noise"):
             _signal_to_noise(suite, codecs)
             _windows_against_whole(suite, codecs)
-    ramp = (DEFAULT_RAMP[0], DEFAULT_RAMP[-1])
-    cases = itertools.product(codecs, suite.scale.codec_batches, ramp)
-    for name, batch, num_new in suite.in_time(cases):
+    for name, batch in suite.in_time(itertools.product(codecs, suite.scale.codec_batches)):
         with suite.attempt(f"{name}, batch {batch}"), _convolutions(name):
-            _window(suite, name, codecs[name], batch, num_new)
+            for shape in _timed_shapes(exact.context_frames):
+                _window(suite, name, codecs[name], batch, shape)
 
 
 def load_pairs(suite: Suite) -> Codec:
@@ -66,38 +68,68 @@ def _convolutions(name: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def _window(suite: Suite, name: str, codec: Codec, batch: int, num_new: int) -> None:
-    context = codec.context_frames
-    codes = _codes(suite, batch, num_new + 2 * context)
+def _timed_shapes(context_frames: int) -> tuple[WindowShape, WindowShape]:
+    """Of a stream's first window and of those in its middle."""
+    shapes = WindowPlan(context_frames, DEFAULT_RAMP).usual_shapes
+    return shapes[0], max(shape for shape in shapes if shape.last < shape.num_frames)
+
+
+def _window(suite: Suite, name: str, codec: Codec, batch: int, shape: WindowShape) -> None:
+    """Time of what the engine asks for; where kernels take parts, that of whole windows too."""
+    title = f"codec {name}, {batch} windows of {shape.num_frames} frames"
+    num_new = shape.last - shape.first
+    audio_s = batch * num_new / codec.frame_rate
+    whole = whole_window(shape.num_frames)
+    takes_parts = name == "pairs" or (native.loaded_library() is not None and not suite.is_cuda)
+    seconds, work = _timed(suite, name, codec, batch, shape if takes_parts else whole)
+    note = f"{num_new} of them new, {audio_s / seconds:,.0f} times real time"
+    suite.add(title, seconds * 1e3, "ms", work=work, note=note)
+    if takes_parts:
+        seconds_of_all, work_of_all = _timed(suite, name, codec, batch, whole)
+        share = work.operations / work_of_all.operations
+        note = f"what is new takes {seconds / seconds_of_all:.3f} of that, {share:.3f} of the work"
+        suite.add(f"{title}, whole", seconds_of_all * 1e3, "ms", work=work_of_all, note=note)
+
+
+def _timed(
+    suite: Suite, name: str, codec: Codec, batch: int, shape: WindowShape
+) -> tuple[float, Work]:
+    """Seconds of a batch, and what was computed meanwhile."""
+    codes = _codes(suite, batch, shape.num_frames)
 
     def decode() -> object:
-        return codec.decode_part(codes, context, context + num_new)
+        return codec.decode_part(codes, shape.first, shape.last)
 
     with torch.inference_mode():
         seconds = seconds_per_call([decode], suite.device, num_rounds=suite.scale.num_rounds)
-    audio_s = batch * num_new / codec.frame_rate
-    # The floor counts the new frames alone: context is what exactness costs, not what audio does.
-    operations = audio_s * operations_per_audio_s(suite)
     weights = sum(each.numel() * each.element_size() for each in codec.parameters())
-    suite.add(
-        f"codec {name}, {batch} x {num_new} frames",
-        seconds * 1e3,
-        "ms",
-        work=Work(weights, operations),
-        note=f"{audio_s / seconds:,.0f} times real time",
-    )
+    return seconds, Work(weights, batch * _PRODUCTS.get(name, 1) * _operations(suite, shape))
 
 
 def operations_per_audio_s(suite: Suite) -> float:
-    """Operations of a second of audio, counted by torch without computing them."""
-    if "codec_operations" not in suite.extras:
-        codec = load_codec(suite.folder / "codec", device="cpu")
-        num_frames = 2 * round(codec.frame_rate)
-        codes = torch.zeros(1, codec.num_codebooks, num_frames, dtype=torch.int64, device="meta")
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            codec.to("meta").decode(codes)
-        suite.extras["codec_operations"] = counter.get_total_flops() / 2
-    return float(suite.extras["codec_operations"])
+    """Of a second of audio, without context, and one product for each multiply-add."""
+    num_frames = round(codec_without_values(suite.scale.codec).frame_rate)
+    return _operations(suite, whole_window(num_frames))
+
+
+def _operations(suite: Suite, shape: WindowShape) -> float:
+    return 2.0 * multiply_adds(codec_without_values(suite.scale.codec), shape)
+
+
+def predicted(suite: Suite) -> list[list[object]]:
+    """Floors of one window of each usual shape in pairs, whole and in part."""
+    rows: list[list[object]] = []
+    codec = codec_without_values(suite.scale.codec)
+    for shape in WindowPlan(codec.context_frames, DEFAULT_RAMP).usual_shapes:
+        whole, part = (
+            _PRODUCTS["pairs"] * _operations(suite, each)
+            for each in (whole_window(shape.num_frames), shape)
+        )
+        audio_s = (shape.last - shape.first) / codec.frame_rate
+        name = f"{shape.num_frames} frames, {shape.first} to {shape.last}"
+        microseconds = [1e6 * each / suite.ceilings.matmul_ops_s for each in (whole, part)]
+        rows.append([name, whole / 1e9, part / 1e9, *microseconds, microseconds[1] / audio_s])
+    return rows
 
 
 def _signal_to_noise(suite: Suite, codecs: dict[str, Codec]) -> None:
@@ -126,9 +158,12 @@ def _windows_against_whole(suite: Suite, codecs: Mapping[str, Codec]) -> None:
         with torch.inference_mode(), _convolutions(name):
             whole = codec.decode(codes)[0, 2 * context * hop :][: num_new * hop]
             batch = codes[..., first:last].expand(8, -1, -1).contiguous()
-            part = codec.decode(batch)[3, context * hop :][: num_new * hop]
+            part = codec.decode_part(batch, context, context + num_new)[3]
         difference = (part.float() - whole.float()).abs().max().item()
-        suite.add(f"codec {name}, window against one decode", difference, "", note="largest")
+        # Kernels of our own promise the same bits.
+        is_wrong = name == "pairs" and difference > 0
+        title = f"codec {name}, window against one decode"
+        suite.add(title, difference, "", note="largest", is_wrong=is_wrong)
 
 
 def _codes(suite: Suite, batch: int, num_frames: int) -> torch.Tensor:
