@@ -32,8 +32,9 @@ from vllm.model_executor.codecs.higgs import HiggsCodecConfig, fold_weight_norm
 
 _VOICE = "en_woman"
 _MAX_CHARS = 56  # one sentence, which is what the training texts hold
-_AUDIO_HEAD = "audio_lm_head.weight"
+AUDIO_HEAD = "audio_lm_head.weight"
 TEXT_HEAD = "text_lm_head.weight"
+TEMPERATURES = (0.5, 0.25)  # of the first codebook and of the others
 
 
 def export_lm(
@@ -41,27 +42,26 @@ def export_lm(
 ) -> None:
     """Write a model folder from a network's ``state_dict``.
 
-    ``temperatures``, of the first codebook and of the others, go into the rows of the head, so that
-    sampling at 1 is sampling at these: a small model is surest where it does not guess.
+    ``temperatures``, as of ``TEMPERATURES``, go into the rows of the head, so that sampling at 1 is
+    sampling at these: a small model is surest where it does not guess.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = lm_config(1 + max(int(name.split(".")[2]) for name in tensors if ".layers." in name))
     write_configuration(folder, config)
     write_tokenizer(folder, load_lexicon())
     # Nothing is trained to write text; the layout has the head.
-    head = _sharpened(tensors[_AUDIO_HEAD], config, temperatures)
     tensors = tensors | {
-        _AUDIO_HEAD: head,
+        AUDIO_HEAD: sharpened(tensors[AUDIO_HEAD], temperatures),
         TEXT_HEAD: torch.zeros(config.vocab_size, config.hidden_size),
     }
     rounded = {name: each.to(torch.bfloat16) for name, each in tensors.items()}
     save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _sharpened(head: Tensor, config: HiggsAudioConfig, temperatures: tuple[float, float]) -> Tensor:
-    by_codebook = head.view(config.num_codebooks, config.codebook_size, -1)
-    first, rest = (by_codebook[:1] / temperatures[0], by_codebook[1:] / temperatures[1])
-    return torch.cat([first, rest]).flatten(0, 1)
+def sharpened(head: Tensor, temperatures: tuple[float, float]) -> Tensor:
+    """Rows of the audio head over the temperature of their codebook, the first's or the others'."""
+    first, others = head.split([Sizes.codebook_size, len(head) - Sizes.codebook_size])
+    return torch.cat([first / temperatures[0], others / temperatures[1]])
 
 
 def lm_config(num_layers: int) -> HiggsAudioConfig:
@@ -168,7 +168,7 @@ def main() -> None:
         "--temperatures",
         type=float,
         nargs=2,
-        default=(0.5, 0.25),
+        default=TEMPERATURES,
         help="of the first codebook and of the others, at which sampling at 1 draws",
     )
     args = parser.parse_args()

@@ -2,7 +2,8 @@
 
     python -m training.import_weights --model vllm/assets/higgs-audio-tiny --out work
 
-The codebooks are not among them: they come from the data, which has to be made again anyway.
+The codebooks are not among them: they come from the data, which has to be made again anyway. The
+temperatures that ``export`` puts into the head are taken out: the next export puts them in again.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from torch import Tensor
 
 from training.decoder import Decoder
 from training.encoder import Encoder
-from training.export import TEXT_HEAD
+from training.export import AUDIO_HEAD, TEMPERATURES, TEXT_HEAD, sharpened
 from vllm.model_executor.codecs.higgs import fold_weight_norm
 
 
-def import_lm(model: Path, out: Path) -> None:
-    """Write ``lm.safetensors``."""
+def import_lm(model: Path, out: Path, *, temperatures: tuple[float, float] = (1.0, 1.0)) -> None:
+    """Write ``lm.safetensors``; ``temperatures`` are those that the model was exported with."""
     out.mkdir(parents=True, exist_ok=True)
     tensors = load_file(model / "lm" / "model.safetensors")
     kept = {name: each.float() for name, each in tensors.items() if name != TEXT_HEAD}
+    first, others = temperatures
+    kept[AUDIO_HEAD] = sharpened(kept[AUDIO_HEAD], (1 / first, 1 / others))
     save_file(kept, out / "lm.safetensors")
 
 
@@ -68,8 +71,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder with lm and codec")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--temperatures",
+        type=float,
+        nargs=2,
+        default=TEMPERATURES,
+        help="that the model was exported with",
+    )
     args = parser.parse_args()
-    import_lm(args.model, args.out / "lm")
+    import_lm(args.model, args.out / "lm", temperatures=tuple(args.temperatures))
     import_decoder(args.model, args.out / "decoder")
     import_encoder(args.model, args.out / "encoder")
 

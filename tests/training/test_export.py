@@ -150,3 +150,12 @@ def test_exported_weights_can_be_trained_on(folder, network, decoder, tmp_path):
     vectors = torch.randn(1, 64, 6, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         torch.testing.assert_close(resumed(vectors), decoder(vectors), atol=5e-3, rtol=0)
+
+
+def test_temperatures_are_taken_out_of_what_is_trained_on(network, tmp_path):
+    temperatures = (0.5, 0.25)
+    export_lm(tmp_path / "lm", network.state_dict(), temperatures=temperatures)
+    exported = load_file(tmp_path / "lm" / "model.safetensors")["audio_lm_head.weight"]
+    assert not torch.equal(exported.float(), network.audio_lm_head.weight)
+    import_lm(tmp_path, tmp_path, temperatures=temperatures)
+    torch.testing.assert_close(load_file(tmp_path / "lm.safetensors"), network.state_dict())
