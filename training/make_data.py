@@ -2,8 +2,9 @@
 
     python -m training.make_data --out DIR [--shards 12] [--minutes 30]
 
-Shard 0 is for validation and short; no other shard says a sentence of it. A shard that is there already is kept, so an interrupted run
-goes on where it was; every shard comes from its own seed, whatever was made before it.
+Shard 0 is for validation and short; no other shard says a sentence of it. A shard that is there
+already is kept, so an interrupted run goes on where it was; every shard comes from its own seed,
+whatever was made before it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def make_shard(
     lexicon, rare = load_lexicon(), teacher.rare_words()
     source = TextSource(rng, load_vocabulary(), sorted(rare), kinds=kinds)
     spellings = rare | lexicon
-    texts, kinds, symbols, durations, f0, samples = [], [], [], [], [], []
+    texts, drawn_kinds, symbols, durations, f0, samples = [], [], [], [], [], []
     total, wanted = 0, int(minutes * 60 * SAMPLE_RATE)
     with tqdm(total=round(minutes, 1), desc=path.name, unit="min", mininterval=2) as progress:
         while total < wanted:
@@ -53,7 +54,7 @@ def make_shard(
             if len(spoken.samples) > _MAX_SECONDS * SAMPLE_RATE:
                 continue
             texts.append(text)
-            kinds.append(kind)
+            drawn_kinds.append(kind)
             symbols.append([SYMBOL_ID[symbol] for symbol in split(phonemes)])
             durations.append(spoken.durations)
             f0.append(spoken.f0)
@@ -63,7 +64,7 @@ def make_shard(
     partial = path.with_suffix(".partial.npz")
     np.savez(
         partial,
-        texts=np.array(json.dumps({"texts": texts, "kinds": kinds})),
+        texts=np.array(json.dumps({"texts": texts, "kinds": drawn_kinds})),
         symbols=np.concatenate(symbols).astype(np.uint8),
         num_symbols=np.array([len(each) for each in symbols]),
         durations=np.concatenate(durations).astype(np.uint8),  # two more than symbols, each

@@ -1,4 +1,4 @@
-"""What both training commands share: steps with a schedule, checkpoints, a log and its plot."""
+"""What the training commands share: steps with a schedule, checkpoints, a log and its plot."""
 
 from __future__ import annotations
 
@@ -67,9 +67,7 @@ class Run:
 
     def steps(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Batches up to the last step, with a progress bar, learning rates and checkpoints."""
-        from tqdm import tqdm
-
-        with tqdm(total=self._args.steps, initial=self.step, mininterval=5) as self._progress:
+        with _Progress(self._args.steps, initial=self.step) as self._progress:
             try:
                 while self.step < self._args.steps:
                     self._set_rates()
@@ -96,7 +94,7 @@ class Run:
         if (self.step + 1) % self._args.log_every == 0:
             means = {name: round(total / self._num_summed, 4) for name, total in self._sums.items()}
             self.log(means)
-            self._progress.set_postfix(means)
+            self._progress.tell(self.step + 1, means)
             self._sums, self._num_summed = {}, 0
 
     def log(self, figures: Mapping[str, float]) -> None:
@@ -117,7 +115,9 @@ class Run:
         partial.rename(self._state)
 
     def plot(self) -> None:
-        """Draw the log beside it, where matplotlib is installed."""
+        """Draw the log beside it, where there is one and matplotlib is installed."""
+        if not self._log.exists():
+            return  # interrupted before the first figures
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -143,9 +143,38 @@ class Run:
                 optimizer.load_state_dict(saved)
 
     def _set_rates(self) -> None:
-        decay_steps = self._args.decay * self._args.steps
+        decay_steps = max(1.0, self._args.decay * self._args.steps)
         factor = min(1.0, (self.step + 1) / _WARM_UP, (self._args.steps - self.step) / decay_steps)
         rates = iter(self._rates)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = next(rates) * factor
+
+
+class _Progress:
+    """A bar of steps where tqdm is installed, and lines of figures where it is not."""
+
+    def __init__(self, total: int, *, initial: int) -> None:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            self._bar = None
+        else:
+            self._bar = tqdm(total=total, initial=initial, mininterval=5)
+
+    def update(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def tell(self, step: int, figures: Mapping[str, float]) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix(figures)
+        else:
+            print(f"step {step}:", ", ".join(f"{name} {each:g}" for name, each in figures.items()))
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
