@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vllm.entrypoints.async_llm import AsyncLLM
     from vllm.entrypoints.llm import LLM
     from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
     from vllm.prompts import SpeechPrompt
     from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine.async_llm import AsyncLLM
 
 __version__ = "0.1.0"
 
@@ -32,7 +32,7 @@ __all__ = [
 
 _HOMES = {
     "LLM": "vllm.entrypoints.llm",
-    "AsyncLLM": "vllm.v1.engine.async_llm",
+    "AsyncLLM": "vllm.entrypoints.async_llm",
     "FinishReason": "vllm.outputs",
     "SamplingParams": "vllm.sampling_params",
     "SpeechOutput": "vllm.outputs",

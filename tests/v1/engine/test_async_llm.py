@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vllm import AsyncLLM, FinishReason, SamplingParams, SpeechPrompt
+from vllm import FinishReason, SamplingParams, SpeechPrompt
 from vllm.config import EngineConfig
 from vllm.exceptions import (
     CheckpointError,
@@ -23,6 +23,7 @@ from vllm.exceptions import (
 )
 from vllm.outputs import SpeechOutput
 from vllm.prompts import Voice
+from vllm.v1.engine.async_llm import AsyncLLM
 
 HELLO = SpeechPrompt(text="Hello there.")
 # Minutes of work for any machine (see ``started``), so that none is done before a test has acted.
