@@ -75,6 +75,25 @@ def test_every_line_gets_its_result(
     assert "1 spoken, 4 failed, 0 were there already" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("names", [("-i", "-o"), ("--input-file", "--output_file")])
+def test_upstreams_names_of_the_files(
+    tmp_path: Path, engines: list[Any], names: tuple[str, str]
+) -> None:
+    source, output = write(tmp_path / "a", line("1")), tmp_path / "out.jsonl"
+    assert main(["run-batch", names[0], str(source), names[1], str(output)]) == 0
+    assert set(results(output)) == {"1"}
+
+
+@pytest.mark.parametrize("files", [["a"], [], ["-i", "a"], ["a", "b", "-i", "c"]])
+def test_both_files_are_needed_once(
+    files: list[str], engines: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["run-batch", *files])
+    assert "give INPUT OUTPUT, or -i INPUT -o OUTPUT" in capsys.readouterr().err
+    assert not engines
+
+
 def test_a_second_run_goes_on(
     tmp_path: Path, engines: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

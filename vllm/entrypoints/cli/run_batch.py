@@ -55,9 +55,11 @@ def run(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_args(normalize_flags(argv))
     try:
+        source = _one_of("INPUT", arguments.input, arguments.input_file)
+        target = _one_of("OUTPUT", arguments.output, arguments.output_file)
         args = _serve_args(arguments)
-        requests = _read_requests(arguments.input)
-        finished = _finished_ids(arguments.output, arguments.input)
+        requests = _read_requests(source)
+        finished = _finished_ids(target, source)
     except ConfigError as error:
         parser.error(str(error))
     left = [request for request in requests if request.custom_id not in finished]
@@ -65,12 +67,12 @@ def run(argv: Sequence[str]) -> int:
     if left:
         configure_logging("warning")
         try:
-            num_failed = asyncio.run(_speak(args, left, arguments.output, _make_engine(args)))
+            num_failed = asyncio.run(_speak(args, left, target, _make_engine(args)))
         except KeyboardInterrupt:
             print("stopped; the same command goes on from here", file=sys.stderr)
             return 130
     print(
-        f"{arguments.output}: {len(left) - num_failed} spoken, {num_failed} failed, "
+        f"{target}: {len(left) - num_failed} spoken, {num_failed} failed, "
         f"{len(requests) - len(left)} were there already"
     )
     return 0
@@ -78,16 +80,23 @@ def run(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vllm run-batch", usage="%(prog)s INPUT OUTPUT [flags]", allow_abbrev=False
+        prog="vllm run-batch",
+        usage="%(prog)s INPUT OUTPUT [flags]  (or -i INPUT -o OUTPUT)",
+        allow_abbrev=False,
     )
     add_engine_flags(parser)
     parser.add_argument(
         "input",
+        nargs="?",
         type=Path,
         metavar="INPUT",
         help='lines {"custom_id": ..., "method": "POST", "url": "/v1/audio/speech", "body": {...}}',
     )
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="file that results go to")
+    parser.add_argument(
+        "output", nargs="?", type=Path, metavar="OUTPUT", help="file that results go to"
+    )
+    parser.add_argument("-i", "--input-file", type=Path, metavar="INPUT", help="the same")
+    parser.add_argument("-o", "--output-file", type=Path, metavar="OUTPUT", help="the same")
     parser.add_argument(
         "--voice-presets-dir", metavar="DIR", help="folder with config.json and clips"
     )
@@ -96,6 +105,15 @@ def _parser() -> argparse.ArgumentParser:
         "--served-model-name", nargs="+", default=(), help="names that lines may give as model"
     )
     return parser
+
+
+def _one_of(name: str, *places: Path | None) -> Path:
+    """The one that was given; raises ConfigError for none or two."""
+    given = [place for place in places if place is not None]
+    if len(given) != 1:
+        found = "is missing" if not given else "is given twice"
+        raise ConfigError(f"{name} {found}; give INPUT OUTPUT, or -i INPUT -o OUTPUT")
+    return given[0]
 
 
 def _serve_args(arguments: argparse.Namespace) -> ServeArgs:
