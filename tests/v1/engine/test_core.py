@@ -16,6 +16,7 @@ from vllm.prompts import SpeechPrompt
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.messages import ClipData, EngineCoreOutput, EngineCoreRequest
+from vllm.v1.outputs import EncodedClip
 
 Build = Callable[..., EngineCoreRequest]
 LONG_TEXT = "This is the first sentence of a text. " * 12
@@ -230,6 +231,26 @@ def test_abort_while_a_clip_is_being_encoded(
     while core.has_work():
         recorder.take(core.step().outputs)
     assert recorder.reasons("a") == [FinishReason.DEADLINE]
+
+
+def test_a_request_ends_once_however_many_of_its_clips_fail(
+    make_core: Callable[..., EngineCore],
+    build_request: Build,
+    recorder: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = make_core()
+    monkeypatch.setattr(core._executor, "encode_clip", lambda key, samples: None)
+    clips = tuple(
+        ClipData(5 + 10 * index, 1, samples=np.full(960, 0.1 * index, np.float32).tobytes())
+        for index in range(2)
+    )
+    core.add_request(dataclasses.replace(build_request("a", prompt_len=40), clips=clips))
+    assert len(core._queued_clips) == 2
+    core._take_clips(tuple(EncodedClip(key, None, "broken") for key in sorted(core._queued_clips)))
+    recorder.take(core.step().outputs)
+    assert not core.has_work()
+    assert recorder.reasons("a") == [FinishReason.ERROR]
 
 
 @pytest.mark.usefixtures("decode_path")

@@ -159,19 +159,19 @@ class EngineCore:
             self._queued_clips.discard(clip.key)
             if clip.codes is not None:
                 self._remember(clip.key, clip.codes)
-        done = []
-        for request_id, waiting in self._encoding.items():
-            for clip in clips:
-                if clip.codes is None and waiting.needs(clip.key):
-                    self._refuse(request_id, f"a reference clip cannot be encoded: {clip.error}")
-                    done.append(request_id)
-                elif clip.codes is not None:
-                    waiting.fill(clip.key, clip.codes)
-            if waiting.is_complete:
-                self._admit(waiting)
-                done.append(request_id)
-        for request_id in done:
-            self._encoding.pop(request_id, None)
+            for waiting in [each for each in self._encoding.values() if each.needs(clip.key)]:
+                self._take_clip(waiting, clip)
+
+    def _take_clip(self, waiting: _WaitingForClips, clip: EncodedClip) -> None:
+        request_id = waiting.request.request_id
+        if clip.codes is None:
+            del self._encoding[request_id]
+            self._refuse(request_id, f"a reference clip cannot be encoded: {clip.error}")
+            return
+        waiting.fill(clip.key, clip.codes)
+        if waiting.is_complete:
+            del self._encoding[request_id]
+            self._admit(waiting)
 
     def _remember(self, key: str, codes: NDArray[np.int16]) -> None:
         self._clip_codes[key] = codes
