@@ -22,6 +22,7 @@ from vllm.kernels.attention import reads_unwritten
 from vllm.kernels.cache import clear_blocks
 from vllm.logger import get_logger
 from vllm.model_executor.framing import DelayFraming
+from vllm.model_executor.heads import FrameStatus
 from vllm.model_executor.models.interface import SpeechModel
 from vllm.platforms import copy_to_device, is_lost
 from vllm.v1.core.sched_output import NewRequestData, SchedulerOutput, StepKind
@@ -361,7 +362,7 @@ class GPUModelRunner:
         self._pending[rows, num_pending] = frames
         num_pending += 1
         self._num_pending[rows] = num_pending
-        due = (status != 0) | (num_pending >= self._num_due[rows])
+        due = (status != FrameStatus.RUNNING) | (num_pending >= self._num_due[rows])
         for index in np.flatnonzero(due).tolist():
             self._push(batch.owners[index], int(status[index]))
         return _Frames(batch.request_ids, frames, status)
@@ -369,9 +370,10 @@ class GPUModelRunner:
     def _push(self, running: _Running, status: int) -> None:
         row = running.row
         new = self._pending[row, : self._num_pending[row]]
-        codes = running.framing.push(new, ended=status == 1)
-        self._codec.push(running.data.request_id, codes, final=status != 0)
-        if status != 0:
+        is_last = status != FrameStatus.RUNNING
+        codes = running.framing.push(new, ended=status == FrameStatus.STOPPED)
+        self._codec.push(running.data.request_id, codes, final=is_last)
+        if is_last:
             self._release_row(running.data.request_id)
             return
         self._num_pending[row] = 0
