@@ -83,8 +83,7 @@ HAV_API void hav_embed_codes(hav_pool* pool, const float* table, int64_t width,
 typedef struct hav_linear hav_linear;
 
 // Packs a copy. NULL when there is no memory, or a size or format is not allowed.
-//   values       row-major, value_stride bytes from row to row; of a row, num_inputs float,
-//   bfloat16
+//   values       row-major, value_stride bytes from row to row. A row is num_inputs float, bfloat16
 //                or int8, or num_inputs / 2 bytes that hold two int4 each: the even input in the
 //                low half, plus 8. num_inputs of HAV_INT4 is a multiple of 32.
 //   scales       HAV_INT8: float [num_outputs]; HAV_INT4: bfloat16 [num_outputs, num_inputs / 32];

@@ -41,7 +41,8 @@ def pad_rows(x: Tensor, quantum: int) -> Tensor:
 def pack_weight(weight: Tensor) -> Tensor:
     """``weight`` [M, K] as ``linear`` multiplies it fastest on its device; maybe the same tensor.
 
-    On CUDA its rows lie one after the other, as the kernels of ``skinny_linear`` read them. What comes back may be opaque: only its shape, type and device can be read.
+    On CUDA its rows lie one after the other, as the kernels of ``skinny_linear`` read them. What
+    comes back may be opaque: only its shape, type and device can be read.
     """
     can_pack = (
         weight.device.type == "cpu"
@@ -110,8 +111,8 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 def _slice_like(weight: Tensor) -> Tensor:
     """A narrow matrix of the inner width and form of ``weight``, with rows that add up to nothing.
 
-    Its products with the rows that are tried are rounding errors alone, so that another order of addition
-    shows even where results are rounded to eight bits.
+    Its products with the rows that are tried are rounding errors alone, so that another order of
+    addition shows even where results are rounded to eight bits.
     """
     width, inner = min(_SLICE_WIDTH, weight.shape[0]), weight.shape[1]
     columns = _with_twins(torch.randn(inner, width, generator=_generator()), dim=0, sign=-1.0)

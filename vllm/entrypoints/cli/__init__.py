@@ -23,7 +23,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "run-batch": ("vllm.entrypoints.cli.run_batch", "speak the lines of a file into another"),
     "voices": ("vllm.entrypoints.cli.voices", "list the voices"),
     "bench": ("vllm.entrypoints.cli.bench", "measure a running speech server"),
-    "checkpoint": ("vllm.entrypoints.cli.checkpoint", "make or inspect a checkpoint"),
+    "checkpoint": ("vllm.entrypoints.cli.checkpoint", "make, quantise or inspect a checkpoint"),
 }
 
 

@@ -1,7 +1,8 @@
 """Linear maps without bias, alone or several side by side in one matrix.
 
 Owns the weights, and chooses once they are loaded who multiplies by them: the native library or
-torch, or on CUDA a kernel of decode steps. How either makes a row's result independent of the batch is ``kernels``' business.
+torch, or on CUDA a kernel of decode steps. How either makes a row's result independent of the batch
+is ``kernels``' business.
 """
 
 from __future__ import annotations
