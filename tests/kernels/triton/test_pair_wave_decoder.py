@@ -260,24 +260,25 @@ def test_a_codecs_samples_keep_80_decibels(device, request, tmp_path, size, num_
 
 @st.composite
 def chains(draw: st.DrawFn) -> list[WaveLayer]:
-    """Layers from 5 channels to samples, with any mixture of the kinds in between."""
+    """Layers from 5 channels to samples, with any mixture of the kinds in between.
+
+    Few sizes, since a card has to have a kernel built for each.
+    """
     layers, width = [], 5
     for kind in draw(
         st.lists(st.sampled_from(["plain", "up", "residual", "residual"]), max_size=4)
     ):
-        before, after = width, width if kind == "residual" else draw(st.integers(1, 20))
-        kernel_size, dilation = draw(st.sampled_from([1, 3, 7])), draw(st.integers(1, 9))
+        before, after = width, width if kind == "residual" else draw(st.integers(1, 16))
+        kernel_size, dilation = draw(st.sampled_from([1, 7])), draw(st.integers(1, 9))
         if kind == "up":
-            stride = draw(st.integers(2, 5))
+            stride = draw(st.sampled_from([2, 3, 5]))
             layers.append(random_layer(before, after, 2 * stride, upsampling=stride))
         else:
             layers.append(random_layer(before, after, kernel_size, dilation=dilation))
         if kind == "residual":
-            kernel_size = draw(st.sampled_from([1, 3]))
-            layers.append(random_layer(after, after, kernel_size, is_residual=len(layers) > 1))
+            layers.append(random_layer(after, after, 1, is_residual=len(layers) > 1))
         width = after
-    kernel_size, dilation = draw(st.sampled_from([1, 3, 7])), draw(st.integers(1, 3))
-    layers.append(random_layer(width, 1, kernel_size, dilation=dilation))
+    layers.append(random_layer(width, 1, 7, dilation=draw(st.integers(1, 3))))
     return [replace(layers[0], snake=None), *layers[1:]]
 
 
