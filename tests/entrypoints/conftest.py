@@ -64,6 +64,10 @@ class FakeVoices:
             raise UnknownVoiceError(f"voice {voice!r} is unknown; there are {known}", param="voice")
         return self._voices[name]
 
+    @property
+    def names(self) -> list[str]:
+        return [*self._voices]
+
     def is_preset(self, name: str) -> bool:
         return name in self._voices or name in self._aliases
 
@@ -142,6 +146,7 @@ class FakeEngine:
             max_model_len=8192,
             max_num_seqs=self.max_num_seqs,
             num_kv_blocks=64,
+            max_pinned_blocks=16,
             device="cpu",
             dtype="float32",
             tokenizer_folder="",

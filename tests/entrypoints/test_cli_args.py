@@ -105,6 +105,22 @@ def test_lists() -> None:
     assert args.server.middleware == ("m.A", "m.B")
 
 
+@pytest.mark.parametrize(
+    ("given", "prefilled", "named"),
+    [
+        ((), (), None),
+        (("none",), (), ()),
+        (("all",), ("all",), None),
+        (("anna", "en_man"), ("anna", "en_man"), ("anna", "en_man")),
+    ],
+)
+def test_which_voices_are_prefilled_and_pinned(
+    given: tuple[str, ...], prefilled: tuple[str, ...], named: tuple[str, ...] | None
+) -> None:
+    config = ServerConfig(pinned_voices=given)
+    assert (config.prefilled_voices, config.named_voices) == (prefilled, named)
+
+
 def test_model_as_an_argument() -> None:
     assert parse_serve_args(["some/model"]).engine.model.model == "some/model"
 
@@ -206,6 +222,8 @@ def test_one_device_only(capsys: pytest.CaptureFixture[str]) -> None:
         (["--prefill-max-wait-ms", "-1"], "--prefill-max-wait-ms -1.0"),
         (["--prefill-min-tokens", "-1"], "--prefill-min-tokens -1"),
         (["--cpu-threads", "100000"], "--cpu-threads 100000: 0 to 1024"),
+        (["--pinned-voices", "all", "anna"], "--pinned-voices all anna: all and none stand alone"),
+        (["--pinned-voices", "a", "--no-enable-prefix-caching"], "--pinned-voices needs"),
     ],
 )
 def test_wrong_values_name_their_flag(

@@ -272,8 +272,11 @@ def test_an_upload_speaks_the_same_after_a_restart_and_until_it_is_deleted(
     first.process.send_signal(signal.SIGTERM)
     assert first.wait_ended() == 0
 
-    second = start_real(*place).wait_ready()
+    second = start_real(*place, "--pinned-voices", "Anna").wait_ready()
+    assert metric(second, "num_pinned_blocks") >= num_frames // 16
+    assert metric(second, "gpu_prefix_cache_hits_total") == 0
     assert second.pcm(voice="Anna") == before
+    assert metric(second, "gpu_prefix_cache_hits_total") >= num_frames
     endless = {**ENDLESS_REQUEST, "voice": "Anna"}
 
     def read(pieces: Iterator[bytes], spoken: bytes = b"") -> bytes:

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from vllm.exceptions import ConfigError, InvalidRequestError
 from vllm.prompts import (
+    BuiltPrompt,
     HiggsAudioPromptBuilder,
     PromptClip,
     Speaker,
@@ -79,6 +80,21 @@ def test_clip_follows_its_transcript_and_history_follows_the_clip(builder, rende
     assert render(prompt) == expected
     assert prompt.clips == (reference, earlier)
     assert prompt.token_ids.dtype == np.int32
+
+
+@pytest.mark.parametrize("clip", [None, make_clip()])
+def test_the_voice_is_what_comes_before_history_and_text(builder, render, clip):
+    voice = Voice(voice_id="a", name="A", transcript="Hm.", clip=clip)
+    history = [SpokenTurn("Before.", make_clip(5))]
+    prompts = [
+        builder.build("Hello.", voice),
+        builder.build("Bye.", voice),
+        builder.build("Hello.", voice, history=history),
+    ]
+    (num,) = {prompt.num_voice_positions for prompt in prompts}
+    assert len({prompt.token_ids[:num].tobytes() for prompt in prompts}) == 1
+    shown = [render(BuiltPrompt(prompt.token_ids[num:])) for prompt in prompts]
+    assert [text.split("<|eot_id|>")[0] for text in shown] == ["Hello.", "Bye.", "Before."]
 
 
 def test_instructions_join_the_scene_by_a_newline(builder, render):

@@ -40,6 +40,12 @@ class ServeArgs:
     server: ServerConfig
     ignored_flags: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.server.prefilled_voices and not self.engine.cache.enable_prefix_caching:
+            raise ConfigError(
+                "--pinned-voices needs --enable-prefix-caching: without it nothing is kept"
+            )
+
     @property
     def model_names(self) -> tuple[str, ...]:
         """Names under which the model is served; the first is reported in answers."""
@@ -206,9 +212,9 @@ def _collect_serve_args(
             {**values, "model": values["model"] or values["model_tag"]},
             audio_tokenizer_path=server.audio_tokenizer_path,
         )
+        return ServeArgs(engine, server, tuple(values["ignored_flags"]))
     except ConfigError as error:
         parser.error(str(error))
-    return ServeArgs(engine, server, tuple(values["ignored_flags"]))
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:

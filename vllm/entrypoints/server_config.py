@@ -17,8 +17,9 @@ from typing import Any, Literal
 from vllm import envs
 from vllm.exceptions import ConfigError
 
-__all__ = ["BUCKET_SCHEME", "NO_STORE", "ServerConfig", "flag_name"]
+__all__ = ["ALL_VOICES", "BUCKET_SCHEME", "NO_STORE", "ServerConfig", "flag_name"]
 
+ALL_VOICES, NO_VOICES = "all", "none"  # values of --pinned-voices
 NO_STORE = "none"  # value of --voice-store
 BUCKET_SCHEME = "s3://"  # begins values of --voice-store
 _BUCKET_URL = re.compile(rf"{BUCKET_SCHEME}[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/[^?#]*)?")
@@ -88,6 +89,11 @@ class ServerConfig:
     default_voice: str | None = _option(
         None, "voice of requests that name none; default: the presets' default"
     )
+    pinned_voices: tuple[str, ...] = _option(
+        (),
+        "voices whose prompts are prefilled before the server is ready, and kept in the cache; "
+        "all, none, or names; default: each is kept from its first use on",
+    )
     audio_tokenizer_path: str | None = _option(
         None, "folder of the codec; goes before --audio-tokenizer-type"
     )
@@ -152,6 +158,11 @@ class ServerConfig:
             f"--response-cache {self.response_cache}: 0, or at least 1M (bytes may end in K, M, G)",
         )
         _require(all(self.served_model_name), "--served-model-name '': a name must not be empty")
+        is_word = not {ALL_VOICES, NO_VOICES}.isdisjoint(self.pinned_voices)
+        _require(
+            not is_word or len(self.pinned_voices) == 1,
+            f"--pinned-voices {' '.join(self.pinned_voices)}: all and none stand alone",
+        )
         self._check_keys()
         self._check_paths()
         self._check_cors()
@@ -238,6 +249,16 @@ class ServerConfig:
         if given:
             return given
         return tuple(key.strip() for key in (envs.VLLM_API_KEY or "").split(",") if key.strip())
+
+    @property
+    def prefilled_voices(self) -> tuple[str, ...]:
+        """Names of voices to prefill at start, or ``ALL_VOICES`` alone."""
+        return () if self.pinned_voices == (NO_VOICES,) else self.pinned_voices
+
+    @property
+    def named_voices(self) -> tuple[str, ...] | None:
+        """The only voices that are pinned; None if all are."""
+        return None if self.pinned_voices in ((), (ALL_VOICES,)) else self.prefilled_voices
 
     @property
     def max_body_bytes(self) -> int:

@@ -122,6 +122,9 @@ class HiggsAudioPromptBuilder:
             for transcript, clip in _references(voice, speakers):
                 turns += [_Turn("user", self._tokenizer.encode(transcript)), self._spoken(clip)]
                 clips.append(clip)
+        ids = [self._bos, *self._render(turns)]
+        num_voice_positions = len(ids) + len(self._header("user"))
+        turns = []
         for part in history:
             turns += [_Turn("user", self._encode_text(part.text, normalize))]
             turns += [self._spoken(part.clip)]
@@ -130,8 +133,8 @@ class HiggsAudioPromptBuilder:
         if not text_ids:
             raise InvalidRequestError("input holds nothing to speak", param="input")
         turns.append(_Turn("user", text_ids))
-        ids = [self._bos, *self._render(turns), *self._header("assistant"), self._open_audio]
-        return self._built(np.asarray(ids, np.int32), tuple(clips))
+        ids += [*self._render(turns), *self._header("assistant"), self._open_audio]
+        return self._built(np.asarray(ids, np.int32), tuple(clips), num_voice_positions)
 
     def from_token_ids(
         self, token_ids: Sequence[int], codes: Sequence[NDArray[np.integer]]
@@ -166,10 +169,13 @@ class HiggsAudioPromptBuilder:
         ids[is_slot] = self._config.audio_token_id
         return self._built(ids, clips)
 
-    def _built(self, ids: NDArray[np.int32], clips: tuple[PromptClip, ...]) -> BuiltPrompt:
+    def _built(
+        self, ids: NDArray[np.int32], clips: tuple[PromptClip, ...], num_voice_positions: int = 0
+    ) -> BuiltPrompt:
         is_slot = ids == self._config.audio_token_id
         begins = is_slot & ~np.roll(is_slot, 1)  # no prompt ends with a slot
-        return BuiltPrompt(ids, clips, tuple(np.flatnonzero(begins).tolist()))
+        starts = tuple(np.flatnonzero(begins).tolist())
+        return BuiltPrompt(ids, clips, starts, num_voice_positions)
 
     def is_speakable(self, text: str, *, normalize: bool = True) -> bool:
         """Whether anything of ``text`` is left to speak."""

@@ -70,6 +70,7 @@ class Voice:
     is_default: bool = False
     speaks: bool = True  # False: listed, but the model cannot speak it
     is_trained: bool = False  # the model was trained on it and keeps it without any context
+    is_pinned: bool = False  # the cache keeps its prompt before those of others
     max_chars: int = DEFAULT_MAX_CHARS  # of the parts in which it speaks a text
     asked_for: str = ""  # id of the voice that this one stands in for, since it does not speak
     duration_s: float = 0.0  # of the clip
@@ -221,11 +222,13 @@ class BuiltPrompt:
 
     ``token_ids`` is int32 [num_positions]; each clip in ``clips`` fills one run of placeholder
     ids of its delayed length, which begins at the position of the same index in ``clip_starts``.
+    The first ``num_voice_positions`` show the voice; what follows belongs to the text.
     """
 
     token_ids: NDArray[np.int32]
     clips: tuple[PromptClip, ...] = ()
     clip_starts: tuple[int, ...] = ()
+    num_voice_positions: int = 0
 
     def __post_init__(self) -> None:
         assert len(self.clips) == len(self.clip_starts), "each clip needs its start"

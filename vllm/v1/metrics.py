@@ -223,6 +223,9 @@ class _EngineCollector(_Collector):
             )
         yield gauge("num_requests_finishing", "generated, audio under way", queues.num_finishing)
         yield gauge("gpu_cache_usage_perc", "share of the KV cache in use", queues.kv_cache_usage)
+        yield gauge(
+            "num_pinned_blocks", "blocks kept for the voices' prompts", queues.num_pinned_blocks
+        )
         yield counter(
             "gpu_prefix_cache_queries", "prompt positions looked up", queues.prefix_cache_queries
         )

@@ -52,6 +52,7 @@ class Request:
     frame_limit: int
     limit_reason: FinishReason
     max_silence_frames: int | None = None
+    num_pinned_positions: int = 0
     priority: int = 0
     listener: Listener | None = None
     arrival_time: float = 0.0
@@ -112,6 +113,7 @@ class Request:
             frame_limit=core_request.frame_limit,
             limit_reason=core_request.limit_reason,
             max_silence_frames=core_request.max_silence_frames,
+            num_pinned_positions=core_request.num_pinned_positions,
             priority=core_request.priority,
             listener=core_request.listener,
             arrival_time=core_request.arrival_time,

@@ -280,16 +280,39 @@ def test_codec_that_cannot_encode_takes_shipped_codes(tmp_path):
 def test_an_upload_speaks_in_parts_as_short_as_those_of_the_default_voice(tmp_path):
     write_presets(tmp_path, {"a": CLIP | {"max_chars": 56}})
     store = VoiceStore(FolderFiles(tmp_path / "voices"))
+    keep_upload(store, "anna")
+    assert make_library(tmp_path, store=store).resolve("anna").max_chars == 56
+
+
+def keep_upload(store, voice_id):
     upload = StoredVoice(
-        voice_id="anna",
-        name="Anna",
+        voice_id=voice_id,
+        name=voice_id,
         kind="audio_sample",
         created_at=7,
         version=new_id(),
         transcript="Hello.",
     )
     store.add(upload, np.zeros(2400, np.float32), 24000)
-    assert make_library(tmp_path, store=store).resolve("anna").max_chars == 56
+
+
+@pytest.mark.parametrize(
+    ("names", "pinned"),
+    [
+        (None, {"a", "en_man", "anna", "bert"}),
+        ((), set()),
+        (("en_man", "anna", "nobody"), {"en_man", "anna"}),
+        (("echo",), {"en_man"}),
+        (("alloy",), {"a"}),  # whose voice is not in the folder, so the default voice speaks
+    ],
+)
+def test_named_voices_alone_are_pinned(tmp_path, names, pinned):
+    write_presets(tmp_path, {"a": CLIP, "en_man": CLIP})
+    store = VoiceStore(FolderFiles(tmp_path / "voices"))
+    for voice_id in ("anna", "bert"):
+        keep_upload(store, voice_id)
+    library = make_library(tmp_path, store=store, pinned_voices=names)
+    assert {name for name in library.names if library.resolve(name).is_pinned} == pinned
 
 
 def test_codes_of_another_codec_are_not_used(tmp_path):

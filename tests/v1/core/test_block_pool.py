@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from vllm.v1.core import BlockPool
 
 
-def _cached(pool: BlockPool, *hashes: bytes) -> list[int]:
+def _cached(pool: BlockPool, *hashes: bytes, pinned: bool = False) -> list[int]:
     """Blocks with published content, given back."""
     blocks = pool.allocate(len(hashes))
     for block_id, block_hash in zip(blocks, hashes, strict=True):
-        pool.publish(block_id, block_hash)
+        pool.publish(block_id, block_hash, pinned=pinned)
     pool.release(blocks)
     return blocks
 
@@ -73,6 +73,66 @@ def test_what_was_found_once_outlives_what_nobody_asked_for():
     assert pool.find(b"voice") is None, "it goes when nothing else is left"
 
 
+def test_what_is_pinned_outlives_what_was_found():
+    pool = BlockPool(8, enable_caching=True)
+    _cached(pool, b"voice", pinned=True)
+    for index in range(20):
+        found = _cached(pool, b"%d" % index)
+        pool.share(found)
+        pool.release(found)
+    assert pool.find(b"voice") is not None
+    assert pool.find(b"0") is None
+
+
+def test_pinned_blocks_are_free_and_taken_last():
+    pool = BlockPool(8, enable_caching=True)
+    _cached(pool, b"voice", pinned=True)
+    assert (pool.num_pinned, pool.num_free, pool.usage) == (1, 8, 0)
+    most = pool.allocate(7)
+    assert pool.find(b"voice") is not None
+    last = pool.allocate(1)
+    assert pool.find(b"voice") is None
+    assert pool.num_pinned == 0
+    pool.check_integrity([most, last])
+
+
+def test_a_quarter_is_pinned_at_most_and_the_longest_unused_gives_way():
+    pool = BlockPool(8, enable_caching=True)
+    for name in (b"a", b"b", b"c"):
+        _cached(pool, name, pinned=True)
+    assert pool.num_pinned == pool.max_pinned == 2
+    pool.allocate(6)
+    assert [pool.find(name) is not None for name in (b"a", b"b", b"c")] == [False, True, True]
+
+
+def test_a_voice_in_use_keeps_its_pin_before_a_new_one():
+    pool = BlockPool(8, enable_caching=True)
+    blocks = pool.allocate(3)
+    for block_id in blocks:
+        pool.publish(block_id, b"%d" % block_id, pinned=True)
+    assert pool.num_pinned == 2
+    pool.release(blocks)
+    pool.allocate(6)
+    assert [pool.find(b"%d" % block_id) is not None for block_id in blocks] == [True, True, False]
+
+
+def test_known_content_is_pinned_where_it_is():
+    pool = BlockPool(4, enable_caching=True)
+    (first,) = _cached(pool, b"x")
+    second = pool.allocate(1)
+    pool.publish(second[0], b"x", pinned=True)
+    pool.release(second)
+    pool.allocate(3)
+    assert pool.find(b"x") == first
+
+
+def test_nothing_is_pinned_without_caching():
+    pool = BlockPool(8, enable_caching=False)
+    _cached(pool, b"voice", pinned=True)
+    assert (pool.max_pinned, pool.num_pinned) == (0, 0)
+    pool.check_integrity([])
+
+
 def test_evicted_content_leaves_no_claim_on_its_block():
     pool = BlockPool(2, enable_caching=True)
     (old,) = _cached(pool, b"old")
@@ -114,22 +174,22 @@ def test_integrity_check_notices_a_lost_block():
         pool.check_integrity([])
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=60))
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), max_size=60))
 def test_random_operations_keep_the_pool_whole(operations):
-    pool = BlockPool(6, enable_caching=True)
+    pool = BlockPool(9, enable_caching=True)
     tables: list[list[int]] = []
     for kind, value in operations:
         if kind == 0 and value <= pool.num_free:
             tables.append(pool.allocate(value))
         elif kind == 1 and tables:
             pool.release(tables.pop(value % len(tables)))
-        elif kind == 2 and tables:
+        elif kind in (2, 4) and tables:
             for block_id in tables[value % len(tables)]:
-                pool.publish(block_id, b"%d" % (block_id + value))
+                pool.publish(block_id, b"%d" % (block_id + value), pinned=kind == 4)
         elif kind == 3 and (hit := pool.find(b"%d" % value)) is not None:
             pool.share([hit])
             tables.append([hit])
         pool.check_integrity(tables)
     for table in tables:
         pool.release(table)
-    assert pool.num_free == 6
+    assert pool.num_free == 9

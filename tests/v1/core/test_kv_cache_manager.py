@@ -68,6 +68,20 @@ def test_generated_positions_never_enter_the_cache(manager, make_request):
     assert len(manager.get_computed_blocks(make_request("b", 24, token_seed=1))) == 1
 
 
+def test_whole_blocks_of_what_is_to_be_pinned_are(make_request):
+    manager = KVCacheManager(32, BLOCK, enable_prefix_caching=True)
+    request = make_request("a", 40, num_pinned=2 * BLOCK + 7)
+    manager.allocate_prompt(request)
+    _prefill(manager, request, BLOCK)
+    assert manager.num_pinned_blocks == 1
+    _prefill(manager, request, 40)
+    assert manager.num_pinned_blocks == 2
+    manager.free(request)
+    other = make_request("other", 30 * BLOCK - 1)
+    manager.allocate_prompt(other)
+    assert len(manager.get_computed_blocks(make_request("a", 40))) == 2
+
+
 def test_a_cached_beginning_is_shared(manager, make_request):
     first, second = make_request("a", 20, token_seed=1), make_request("b", 20, token_seed=1)
     manager.allocate_prompt(first)

@@ -282,6 +282,37 @@ def test_wholly_cached_prompt_decodes_at_once(make_bench, make_request):
     assert plan.decode == ("b",)
 
 
+def _say_all(bench, requests):
+    for request in requests:
+        bench.worker.ends[request.request_id] = 4
+        bench.scheduler.add_request(request)
+        bench.run_until_idle()
+
+
+@pytest.mark.parametrize("num_pinned", [0, 16])
+def test_a_pinned_beginning_outlives_prompts_that_come_twice(make_bench, make_request, num_pinned):
+    bench = make_bench(block_size=8, num_blocks=16)
+    voice = [
+        make_request(f"voice {index}", 20, token_seed=1, num_pinned=num_pinned) for index in (0, 1)
+    ]
+    _say_all(bench, voice[:1])
+    _say_all(
+        bench, [make_request(f"{i}, {turn}", 40, token_seed=i) for i in range(9) for turn in (0, 1)]
+    )
+    _say_all(bench, voice[1:])
+    assert bench.outputs["voice 1"][-1].stats.num_cached_positions == num_pinned
+
+
+def test_pinned_blocks_give_way_before_anybody_waits(make_bench, make_request):
+    bench = make_bench(block_size=8, num_blocks=16)
+    _say_all(bench, [make_request("voice", 33, token_seed=1, num_pinned=33)])
+    assert bench.scheduler.stats().num_pinned_blocks == bench.scheduler.max_pinned_blocks == 4
+    bench.scheduler.add_request(make_request("long", 15 * 8 - 1, frame_limit=8))
+    assert bench.step().new_blocks.keys() == {"long"}
+    stats = bench.scheduler.stats()
+    assert (stats.num_pinned_blocks, stats.num_preemptions) == (1, 0)
+
+
 def test_clip_codes_are_part_of_the_prefix(make_bench, make_request):
     bench = make_bench(block_size=8)
     for name, offset in (("a", 0), ("b", 1), ("c", 0)):

@@ -44,6 +44,7 @@ class _Traffic:
                 token_seed=shared,
                 num_audio=2 if shared else 0,
                 code_offset=rng.choice([0, 1]),
+                num_pinned=8 * shared if shared else 0,
                 priority=rng.choice([0, 0, 0, 1]),
             )
         )
@@ -92,14 +93,17 @@ def test_random_traffic(make_bench, make_request, expected_codes, seed):
 
 
 def test_random_traffic_is_hard_enough(make_bench, make_request, rng):
-    """The traffic above means little unless it preempts and hits the cache."""
+    """The traffic above means little unless it preempts, hits the cache and pins and unpins."""
     bench = make_bench(num_blocks=14, block_size=8)
     traffic = _Traffic(bench, make_request, rng)
+    num_pinned = set()
     for _ in range(200):
         if rng.random() < 0.3:
             traffic.arrive()
         bench.step()
+        num_pinned.add(bench.scheduler.stats().num_pinned_blocks)
     bench.run_until_idle()
     stats = bench.scheduler.stats()
+    assert num_pinned == {0, 1, 2, 3}
     assert stats.num_preemptions > 5
     assert stats.prefix_cache_hits > 100

@@ -12,7 +12,7 @@ import pytest
 from vllm.entrypoints.bosonai.voices import VoiceLibrary
 from vllm.exceptions import InvalidRequestError, PromptTooLongError
 from vllm.outputs import FinishReason
-from vllm.prompts import SpeechPrompt
+from vllm.prompts import SpeechPrompt, Voice
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.messages import ClipData, EngineCoreOutput, EngineCoreRequest
@@ -36,6 +36,34 @@ def test_max_tokens_counts_delayed_frames(make_driver: Callable[..., Any]) -> No
     assert (last.usage.completion_tokens, last.usage.audio_tokens) == (30, 22)
     assert last.usage.output_tokens == 30
     assert last.stats.audio_duration_s == pytest.approx(22 / 25)
+
+
+PINNED = Voice("a", "A", scene="A long hall with a low ceiling.", is_pinned=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_pinned"),
+    [
+        ({"voice": PINNED}, True),
+        ({"voice": PINNED, "text": LONG_TEXT}, True),
+        ({"voice": dataclasses.replace(PINNED, is_pinned=False)}, False),
+        ({"voice": PINNED, "instructions": "Slowly."}, False),
+        ({"voice": PINNED, "system_prompt": "Slowly, in a long hall of stone."}, False),
+        ({"voice": PINNED, "ref_audio": np.zeros(960), "ref_text": "a"}, False),
+        ({"voices": {"SPEAKER0": PINNED}, "text": "[SPEAKER0] Hi."}, False),
+    ],
+)
+def test_the_beginning_that_all_requests_for_a_voice_share_is_pinned(
+    make_driver: Callable[..., Any], fields: dict[str, Any], is_pinned: bool
+) -> None:
+    driver = make_driver(block_size=8)
+    driver.speak(SpeechPrompt(**{"text": "Hi."} | fields), SamplingParams(max_tokens=12, seed=1))
+    (prompt, *_) = driver.processor.prompts_of(SpeechPrompt(text="Hi.", voice=PINNED))
+    num_blocks = prompt.num_voice_positions // 8
+    assert num_blocks > 2
+    num_pinned = driver.core._scheduler.stats().num_pinned_blocks
+    assert num_pinned == (num_blocks if is_pinned else 0)
+    assert 0 < driver.core.info.max_pinned_blocks < driver.core.info.num_kv_blocks
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 8, 9])

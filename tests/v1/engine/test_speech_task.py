@@ -26,6 +26,7 @@ INFO = EngineInfo(
     max_model_len=512,
     max_num_seqs=4,
     num_kv_blocks=64,
+    max_pinned_blocks=16,
     device="cpu",
     dtype="float32",
     tokenizer_folder="",

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib import import_module
 from types import FrameType
 from typing import Any
@@ -53,6 +54,7 @@ from vllm.entrypoints.bosonai.serving_voices import (
 from vllm.entrypoints.bosonai.speech_reply import END_HEADERS, FALLBACK_HEADER, START_HEADERS
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.bosonai.tokenize_routes import add_tokenize_routes
+from vllm.entrypoints.bosonai.voice_prefill import prefill_pinned
 from vllm.entrypoints.bosonai.voices import VoiceLibrary, check_presets
 from vllm.entrypoints.cli_args import ServeArgs, parse_serve_args
 from vllm.entrypoints.openai.errors import install_error_handlers
@@ -284,6 +286,7 @@ def create_engine(args: ServeArgs) -> EngineClient:
             folder=server.presets_folder,
             store=store,
             default_voice=server.default_voice,
+            pinned_voices=server.named_voices,
             refresh_interval_s=server.voice_presets_refresh_interval,
         )
 
@@ -310,6 +313,11 @@ def run_server(args: ServeArgs) -> int:
         host = EngineHost(
             lambda: create_engine(args),
             restart=args.server.restart_engine,
+            prepare=partial(
+                prefill_pinned,
+                names=args.server.prefilled_voices,
+                block_size=args.engine.cache.block_size,
+            ),
             on_ready=lambda: _log_ready(args, listener),
             on_fatal=on_fatal,
         )

@@ -7,7 +7,7 @@ cannot be had any more is decided by whoever made the host.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
@@ -83,6 +83,7 @@ class EngineHost:
     Args:
         create: makes an engine that has not been started.
         restart: start a new engine when one dies.
+        prepare: called with an engine that has started; it is ready when that is done.
         on_ready: called whenever requests can be served from now on.
         on_fatal: called once when there will be no engine any more.
     """
@@ -92,11 +93,14 @@ class EngineHost:
         create: Callable[[], EngineClient],
         *,
         restart: bool = False,
+        prepare: Callable[[EngineClient], Awaitable[None]] | None = None,
         on_ready: Callable[[], None] | None = None,
         on_fatal: Callable[[], None] | None = None,
     ) -> None:
         self._create = create
         self._restart = restart
+        self._prepare = prepare
+        self._is_prepared = prepare is None
         self._on_ready = on_ready
         self._on_fatal = on_fatal
         self._engine = create()
@@ -111,7 +115,8 @@ class EngineHost:
     def state(self) -> HostState:
         if self._has_failed or self._engine.is_dead:
             return HostState.LOADING if self._will_restart else HostState.DEAD
-        return HostState.READY if self._engine.is_ready else HostState.LOADING
+        is_ready = self._engine.is_ready and self._is_prepared
+        return HostState.READY if is_ready else HostState.LOADING
 
     @property
     def _will_restart(self) -> bool:
@@ -148,6 +153,9 @@ class EngineHost:
         """Returns when the engine has died and no other takes its place."""
         while not self._is_closing:
             await self._engine.start()
+            if self._prepare is not None:
+                await self._prepare(self._engine)
+                self._is_prepared = True
             logger.info("ready")
             if self._on_ready is not None:
                 self._on_ready()
@@ -160,6 +168,7 @@ class EngineHost:
             await self._engine.shutdown()
             await asyncio.sleep(_RESTART_PAUSE_S)
             if not self._is_closing:
+                self._is_prepared = self._prepare is None
                 self._engine = self._create()
                 logger.info("starting a new engine process")
 

@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,6 +22,7 @@ from starlette.datastructures import UploadFile
 from vllm import envs
 from vllm.audio import decode_clip, parse_data_url
 from vllm.entrypoints.bosonai.engine_host import EngineClient, EngineHost
+from vllm.entrypoints.bosonai.voice_prefill import prefill_voice
 from vllm.entrypoints.bosonai.voice_store import (
     FolderFiles,
     StoredVoice,
@@ -44,14 +44,10 @@ from vllm.entrypoints.openai.reply_docs import Replies, error_replies, json_repl
 from vllm.entrypoints.server_config import BUCKET_SCHEME, NO_STORE
 from vllm.exceptions import (
     ConfigError,
-    HiggsAudioError,
     InvalidRequestError,
     VoiceConflictError,
     VoiceForbiddenError,
 )
-from vllm.logger import get_logger
-from vllm.prompts import SpeechPrompt
-from vllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from vllm.entrypoints.bosonai.voices import VoiceLibrary
@@ -65,8 +61,6 @@ __all__ = [
     "add_voice_routes",
     "open_store",
 ]
-
-logger = get_logger(__name__)
 
 MULTIPART_PATHS = frozenset({"/v1/audio/voices", "/voices"})
 
@@ -249,7 +243,7 @@ class _VoiceKeeper:
 
     def _warm(self, engine: EngineClient, voice_id: str) -> None:
         """Encode the clip and prefill its prompt now, so that the first request need not wait."""
-        task = asyncio.create_task(_speak_once(engine, voice_id))
+        task = asyncio.create_task(prefill_voice(engine, voice_id))
         self._warming.add(task)
         task.add_done_callback(self._warming.discard)
 
@@ -258,24 +252,6 @@ def _library(host: EngineHost) -> VoiceLibrary:
     voices = host.ready_engine().voices
     assert voices is not None, "a ready engine has its voices"
     return voices
-
-
-async def _speak_once(engine: EngineClient, voice_id: str) -> None:
-    voices = engine.voices
-    assert voices is not None, "a ready engine has its voices"
-    loop = asyncio.get_running_loop()
-    try:
-        voice = await loop.run_in_executor(voices.store_threads, voices.resolve, voice_id)
-        prompt = SpeechPrompt(text="a", voice=voice)
-        # The first frame is the start code, which needs no model; the second needs the prompt.
-        source = engine.generate(
-            prompt, SamplingParams(max_tokens=2), f"warm-{voice_id}-{new_id()[:8]}"
-        )
-        async with aclosing(source):
-            async for _ in source:
-                pass
-    except HiggsAudioError as error:
-        logger.info("voice %s could not be prepared: %s", voice_id, error)
 
 
 def open_store(config: ServerConfig) -> VoiceStore | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,6 +110,7 @@ class VoiceLibrary:
         store: of uploaded voices; None offers presets alone.
         can_encode: False if the codec cannot encode, so that voices need shipped codes.
         default_voice: id or alias; None is the entry with ``"default": true``, else the first.
+        pinned_voices: ids and aliases of those that are pinned; None pins all.
         refresh_interval_s: least seconds between two looks at the files.
         clock: monotonic seconds.
 
@@ -128,6 +129,7 @@ class VoiceLibrary:
         can_encode: bool,
         store: VoiceStore | None = None,
         default_voice: str | None = None,
+        pinned_voices: Collection[str] | None = None,
         refresh_interval_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -143,6 +145,7 @@ class VoiceLibrary:
         self._uploads: OrderedDict[str, _OpenUpload] = OrderedDict()
         self._num_forgotten = 0
         self._default_voice = default_voice
+        self._pinned_voices = pinned_voices
         self._refresh_interval_s = refresh_interval_s
         self._clock = clock
         self._lock = Lock()
@@ -158,6 +161,7 @@ class VoiceLibrary:
         folder: Path | None = None,
         store: VoiceStore | None = None,
         default_voice: str | None = None,
+        pinned_voices: Collection[str] | None = None,
         refresh_interval_s: float = 10.0,
     ) -> VoiceLibrary:
         """Voices as the codec of a loaded engine takes them; raises as the constructor does."""
@@ -170,6 +174,7 @@ class VoiceLibrary:
             can_encode=info.can_encode,
             store=store,
             default_voice=default_voice,
+            pinned_voices=pinned_voices,
             refresh_interval_s=refresh_interval_s,
         )
         try:
@@ -318,7 +323,9 @@ class VoiceLibrary:
 
     def _read_upload(self, stored: StoredVoice) -> Voice | None:
         assert self._store is not None, "stored voices come from a store"
-        voice = _without_clip(stored)
+        named = self._pinned_voices
+        is_pinned = named is None or stored.voice_id in named
+        voice = replace(_without_clip(stored), is_pinned=is_pinned)
         if stored.kind == "prompt":
             return voice
         clip = self._store.read_clip(stored)
@@ -356,8 +363,11 @@ class VoiceLibrary:
         except ConfigError as error:
             raise ConfigError(f"--voice-presets-dir {self._folder}: {error}") from error
         default_id = self._choose_default(voices)
+        named = voices if self._pinned_voices is None else self._pinned_voices
+        pinned = {_find(name, voices, fallback=default_id) for name in named}
         voices = {
-            name: replace(voice, is_default=name == default_id) for name, voice in voices.items()
+            name: replace(voice, is_default=name == default_id, is_pinned=name in pinned)
+            for name, voice in voices.items()
         }
         return _Snapshot(voices, default_id, stamp)
 

@@ -49,6 +49,14 @@ class KVCacheManager:
         return self._pool.num_blocks * self.block_size
 
     @property
+    def max_pinned_blocks(self) -> int:
+        return self._pool.max_pinned
+
+    @property
+    def num_pinned_blocks(self) -> int:
+        return self._pool.num_pinned
+
+    @property
     def num_free_blocks(self) -> int:
         return self._pool.num_free
 
@@ -121,15 +129,16 @@ class KVCacheManager:
         return tuple(new_blocks)
 
     def publish(self, request: Request) -> None:
-        """Let others find the full prompt blocks written so far; call after the step has run."""
+        """Let others find the full prompt blocks written so far; call after the step has run.
+
+        Those that hold nothing but what the request wants pinned are pinned, if there is room.
+        """
         if not self._pool.enable_caching:
             return
-        num_full = min(request.num_prefilled // self.block_size, len(self._prompt_hashes(request)))
-        table = self._tables[request.request_id]
-        for block_id, block_hash in zip(
-            table[:num_full], self._prompt_hashes(request)[:num_full], strict=True
-        ):
-            self._pool.publish(block_id, block_hash)
+        hashes, table = self._prompt_hashes(request), self._tables[request.request_id]
+        num_pinned = request.num_pinned_positions // self.block_size
+        for index in range(min(request.num_prefilled // self.block_size, len(hashes))):
+            self._pool.publish(table[index], hashes[index], pinned=index < num_pinned)
 
     def free_blocks(self, request: Request) -> None:
         """Take the request's blocks back; it may get others later."""

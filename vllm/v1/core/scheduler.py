@@ -201,12 +201,18 @@ class Scheduler:
             num_waiting=num_waiting,
             num_finishing=len(self._requests) - num_waiting - self._num_rows,
             kv_cache_usage=self._kv_cache.usage,
+            num_pinned_blocks=self._kv_cache.num_pinned_blocks,
             prefix_cache_queries=self._kv_cache.num_prefix_queries,
             prefix_cache_hits=self._kv_cache.num_prefix_hits,
             num_preemptions=self._num_preemptions,
             step_token_counts=tuple(self._step_sizes.counts),
             num_step_tokens=self._step_sizes.num_tokens,
         )
+
+    @property
+    def max_pinned_blocks(self) -> int:
+        """Most blocks that ``Request.num_pinned_positions`` may keep."""
+        return self._kv_cache.max_pinned_blocks
 
     @property
     def _num_rows(self) -> int:

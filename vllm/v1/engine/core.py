@@ -69,7 +69,6 @@ class EngineCore:
             codec_folder=folders.codec,
             clip_cache_folder=folders.clip_cache,
         )
-        self.info = self._make_info(folders)
         worker = self._executor.info
         self._pattern = DelayPattern(
             worker.num_codebooks, worker.stream_bos_id, worker.stream_eos_id
@@ -81,6 +80,7 @@ class EngineCore:
         self._num_clip_hits = 0  # without asking the codec
         self._refused: list[EngineCoreOutput] = []
         self._scheduler = self._make_scheduler()
+        self.info = self._make_info(folders)
         self._warm_up()
         # Without traces of the warm-up:
         self._scheduler = self._make_scheduler()
@@ -216,6 +216,7 @@ class EngineCore:
             max_model_len=self._config.model.max_model_len,
             max_num_seqs=worker.max_num_seqs,
             num_kv_blocks=worker.num_kv_blocks,
+            max_pinned_blocks=self._scheduler.max_pinned_blocks,
             device=worker.device,
             dtype=worker.dtype,
             tokenizer_folder=str(folders.tokenizer),

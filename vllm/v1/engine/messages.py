@@ -51,6 +51,7 @@ class EngineCoreRequest:
     limit_reason: FinishReason  # why the limit is where it is
     clips: tuple[ClipData, ...] = ()
     max_silence_frames: int | None = None
+    num_pinned_positions: int = 0  # from the start; whole blocks of these stay in the cache longest
     arrival_time: float = 0.0  # time.monotonic() of the machine
     priority: int = 0  # smaller is sooner
     listener: Listener | None = None  # None: nobody plays the audio while it is made
@@ -98,6 +99,7 @@ class SchedulerStats:
     num_waiting: int = 0
     num_finishing: int = 0  # generated, audio still being decoded
     kv_cache_usage: float = 0.0  # share of blocks in use
+    num_pinned_blocks: int = 0  # in use or not
     prefix_cache_queries: int = 0  # positions asked for, since start
     prefix_cache_hits: int = 0  # positions found, since start
     num_preemptions: int = 0  # since start
@@ -130,6 +132,7 @@ class EngineInfo:
     max_model_len: int
     max_num_seqs: int
     num_kv_blocks: int
+    max_pinned_blocks: int  # 0 without prefix caching
     device: str
     dtype: str
     tokenizer_folder: str  # resolved on disk, for the API side's tokenizer

@@ -81,7 +81,7 @@ class Processor:
         """
         arrival_time = time.monotonic()
         if prompt.is_raw:
-            parts, keeps_voice = [self._raw_part(prompt)], False
+            parts, keeps_voice, pins_voice = [self._raw_part(prompt)], False, False
         else:
             speakers = self._speakers(prompt)
             voice = speakers[0].voice if speakers else self._voice(prompt)
@@ -91,6 +91,9 @@ class Processor:
                 each.clip is not None or each.is_trained for each in _voices_of(voice, speakers)
             )
             keeps_voice = not is_kept and not prompt.history
+            # NOTE: what the request itself puts before the voice hardly comes again.
+            is_changed = speakers or prompt.instructions or prompt.system_prompt
+            pins_voice = voice.is_pinned and not is_changed
         is_guarded = not prompt.is_raw and params.eos_rule == "strict"
         if not is_guarded:
             parts = [dataclasses.replace(part, max_frames=None) for part in parts]
@@ -101,6 +104,7 @@ class Processor:
             seed=_seed(params),
             guards=self._guards(params) if is_guarded else Guards(),
             keeps_voice=keeps_voice and len(parts) > 1,
+            pins_voice=pins_voice,
             info=self._info,
             arrival_time=arrival_time,
             priority=priority,

@@ -69,6 +69,7 @@ class SpeechTask:
         seed: the one in use; part i gets one derived from it.
         guards: further limits.
         keeps_voice: later parts get the first one as context, for voices that have no clip.
+        pins_voice: keep what shows the voice in the cache, for requests to come.
         info: of the engine.
         arrival_time: ``time.monotonic()`` at which the request came.
         priority: smaller is sooner.
@@ -84,6 +85,7 @@ class SpeechTask:
         seed: int,
         guards: Guards,
         keeps_voice: bool,
+        pins_voice: bool = False,
         info: EngineInfo,
         arrival_time: float,
         priority: int = 0,
@@ -96,6 +98,7 @@ class SpeechTask:
         self._params = params
         self._guards = guards
         self._keeps_voice = keeps_voice
+        self._pins_voice = pins_voice
         self._info = info
         self._arrival_time = arrival_time
         self._priority = priority
@@ -146,6 +149,7 @@ class SpeechTask:
                 for clip, start in zip(prompt.clips, prompt.clip_starts, strict=True)
             ),
             max_silence_frames=self._guards.max_silence_frames,
+            num_pinned_positions=prompt.num_voice_positions if self._pins_voice else 0,
             arrival_time=self._arrival_time if self._index == 0 else time.monotonic(),
             priority=self._priority,
             listener=self._listener(),
