@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,11 @@ RANDOM_SEED = 4711  # what the fake "draws" for a request without a seed
 class FakeVoices:
     store_threads = None
 
-    def __init__(self, store: VoiceStore | None) -> None:
+    def __init__(self, store: VoiceStore | None, names: Sequence[str]) -> None:
         self.store = store
         self._voices = {
-            name: Voice(voice_id=name, name=name.replace("_", " ").title(), is_default=default)
-            for name, default in (("en_woman", True), ("en_man", False), ("de_man", False))
+            name: Voice(name, name.replace("_", " ").title(), is_default=name == names[0])
+            for name in names
         }
         self._aliases = {"alloy": "en_woman", "onyx": "en_man"}
 
@@ -116,6 +116,7 @@ class FakeEngine:
     info: EngineInfo | None = None
     voices: FakeVoices | None = None
     store: VoiceStore | None = None
+    voice_names: Sequence[str] = ("en_woman", "en_man", "de_man")
     processor: Processor | None = None  # for the routes that show prompts
     seen: list[tuple[SpeechPrompt, SamplingParams, str]] = field(default_factory=list)
     timeouts: list[float | None] = field(default_factory=list)
@@ -152,7 +153,7 @@ class FakeEngine:
             tokenizer_folder="",
             model_folder="",
         )
-        self.voices = FakeVoices(self.store)
+        self.voices = FakeVoices(self.store, self.voice_names)
         self.is_ready = True
 
     def kill(self) -> None:

@@ -101,6 +101,17 @@ def test_a_drawn_seed_is_reported(live: Any) -> None:
     assert speak(live).headers["x-seed"] == "4711"
 
 
+def test_ids_of_voices_that_no_header_can_hold(start_server: Any, fake_engine: Any) -> None:
+    ids = ("en_woman", "小明", "Jörg\n(2) 50%")
+    server = start_server(fake_engine(voice_names=ids))
+    heard = []
+    for name in ids:
+        reply = server.client.post("/v1/audio/speech", json={"input": "Hi.", "voice": name})
+        assert reply.status_code == 200, reply.text[:300]
+        heard.append(reply.headers["x-voice"])
+    assert heard == ["en_woman", "%E5%B0%8F%E6%98%8E", "J%C3%B6rg%0A(2)%2050%25"]
+
+
 def test_a_complete_file_tells_everything(live: Any) -> None:
     reply = speak(live, stream=False, response_format="wav")
     assert reply.headers["content-length"] == str(len(reply.content))

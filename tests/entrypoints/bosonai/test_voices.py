@@ -211,6 +211,25 @@ def test_null_in_a_preset_means_that_the_key_is_not_there(tmp_path):
     assert (voice.system_prompt, voice.scene, voice.language, voice.name) == (None, None, "en", "A")
 
 
+@pytest.mark.parametrize(
+    ("voice_id", "language"),
+    [
+        ("zh_man_sichuan", "zh"),
+        ("ingrid_de", "de"),
+        ("DE_man", "de"),
+        ("broom_salesman", "en"),
+        ("deborah", "en"),
+        ("en_man_de", "en"),
+    ],
+)
+def test_an_id_tells_the_language_that_a_preset_does_not(tmp_path, voice_id, language):
+    presets = {voice_id: CLIP, "other": CLIP | {"language": "fr"}}
+    library = make_library(write_presets(tmp_path, presets))
+    voice = library.resolve(voice_id)
+    assert (voice.language, voice.labels) == (language, {"language": language})
+    assert library.resolve("other").language == "fr"
+
+
 def test_the_server_checks_voices_before_it_makes_an_engine(monkeypatch):
     monkeypatch.setattr(api_server, "AsyncLLM", lambda *_: pytest.fail("an engine was made"))
     with pytest.raises(ConfigError, match=r"--default-voice bob: there is no such preset"):

@@ -25,6 +25,7 @@ from vllm.entrypoints.bosonai.speech_reply import (
     Reply,
     SpeechReply,
     StreamedReply,
+    header_text,
 )
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.openai.errors import fields_named
@@ -261,7 +262,7 @@ class ServingAudio:
 def voice_headers(prompt: SpeechPrompt) -> dict[str, str]:
     """Which voice was asked for where another had to speak instead."""
     asked = [voice.asked_for for voice in _heard(prompt) if voice.asked_for]
-    return {FALLBACK_HEADER: ",".join(asked)} if asked else {}
+    return {FALLBACK_HEADER: header_text(",".join(asked))} if asked else {}
 
 
 def _heard(prompt: SpeechPrompt) -> list[Voice]:

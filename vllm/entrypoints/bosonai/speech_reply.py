@@ -10,12 +10,14 @@ import asyncio
 import base64
 import dataclasses
 import json
+import string
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +41,7 @@ __all__ = [
     "SpeechReply",
     "StreamedReply",
     "end_headers",
+    "header_text",
     "summary",
 ]
 
@@ -60,7 +63,13 @@ END_HEADERS = (
     "X-RTF",
     "X-Finish-Reason",
 )
+_HEADER_SAFE = "".join(set(string.punctuation) - {"%"})
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def header_text(text: str) -> str:
+    """A text as a header can hold it: percent-encoded but for visible ASCII."""
+    return quote(text, safe=_HEADER_SAFE)
 
 
 class _AudioPipe:
@@ -140,7 +149,7 @@ class Reply(ABC):
             **_STREAM_HEADERS,
             **self.extra_headers,
             "X-Seed": str(self.facts.seed),
-            "X-Voice": self.facts.voice_id,
+            "X-Voice": header_text(self.facts.voice_id),
             "X-Sample-Rate": str(self.facts.sample_rate),
             "X-Channels": "1",
             "X-Bit-Depth": "16",

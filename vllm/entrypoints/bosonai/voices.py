@@ -58,6 +58,8 @@ OPENAI_VOICE_ALIASES = {
     "cedar": "en_man",
 }
 
+# Of ids, where a preset does not say; the names are those of folders for older servers.
+_LANGUAGES = frozenset({"de", "en", "es", "fr", "it", "ja", "ko", "pt", "zh"})
 _TEXT_KEYS = ("transcript", "audio_file", "system_prompt", "scene", "language", "description")
 _KEY_TYPES: dict[str, type] = {
     **dict.fromkeys((*_TEXT_KEYS, "name", "codes_file"), str),
@@ -392,7 +394,7 @@ class VoiceLibrary:
         return chosen
 
     def _read_voice(self, voice_id: str, entry: dict[str, Any]) -> Voice:
-        language = entry.get("language", "en")
+        language = entry.get("language") or _language_in(voice_id)
         clip, duration_s = self._read_clip(voice_id, entry)
         return Voice(
             voice_id=voice_id,
@@ -475,6 +477,12 @@ def check_presets(
     """
     if folder is not None or not config.uses_embedded_model:
         VoiceLibrary.without_engine(folder, default_voice=default_voice)
+
+
+def _language_in(voice_id: str) -> str:
+    """Language that an id like ``zh_man`` or ``ingrid_de`` tells; English otherwise."""
+    parts = voice_id.lower().split("_")
+    return next((part for part in (parts[0], parts[-1]) if part in _LANGUAGES), "en")
 
 
 def _list_entry(voice: Voice, *, is_upload: bool) -> dict[str, Any]:
