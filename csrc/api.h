@@ -28,7 +28,7 @@ HAV_API int32_t hav_abi_version(void);
 // ---- Instruction sets -------------------------------------------------------------------------
 
 // Names of the instruction sets that were compiled in and that this processor has, best last,
-// separated by blanks: some of "baseline avx2 avx512" or "neon".
+// separated by blanks: some of "baseline avx2 avx512", or on Arm of "baseline neon".
 HAV_API const char* hav_supported_isas(void);
 
 // Name of the instruction set in use; at first the last of hav_supported_isas().

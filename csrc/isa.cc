@@ -7,6 +7,11 @@
 
 #include "kernels.h"
 
+#if defined(HAV_HAS_NEON)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace hav {
 namespace {
 
@@ -28,11 +33,14 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(HAV_HAS_NEON)
+// Dot products came last of what the compiler may use: a processor with them has the rest.
+bool has_neon() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+#endif
+
 std::vector<const Kernels*> find_tables() {
   std::vector<const Kernels*> tables;
-#if defined(HAV_HAS_BASELINE)
   tables.push_back(&baseline::kKernels);
-#endif
 #if defined(HAV_HAS_AVX2)
   if (has_avx2()) tables.push_back(&avx2::kKernels);
 #endif
@@ -40,7 +48,7 @@ std::vector<const Kernels*> find_tables() {
   if (has_avx512()) tables.push_back(&avx512::kKernels);
 #endif
 #if defined(HAV_HAS_NEON)
-  tables.push_back(&neon::kKernels);
+  if (has_neon()) tables.push_back(&neon::kKernels);
 #endif
   return tables;
 }

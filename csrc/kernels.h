@@ -58,9 +58,7 @@ const Kernels& kernels();
 #if defined(HAV_ISA)
 HAV_DECLARE_TABLE(HAV_ISA)
 #endif
-#if defined(HAV_HAS_BASELINE)
 HAV_DECLARE_TABLE(baseline)
-#endif
 #if defined(HAV_HAS_AVX2)
 HAV_DECLARE_TABLE(avx2)
 #endif
