@@ -14,6 +14,7 @@ import pytest
 
 from vllm import FinishReason, SamplingParams, SpeechPrompt
 from vllm.config import EngineConfig
+from vllm.entrypoints.bosonai.engine_host import EngineHost
 from vllm.exceptions import (
     CheckpointError,
     ConfigError,
@@ -169,6 +170,20 @@ def test_streams_hear_of_the_death_before_a_new_engine_starts(checkpoint: Path) 
             await llm.shutdown()
             with pytest.raises(EngineDeadError, match="has died"):
                 await stream
+
+    run(test)
+
+
+def test_an_engine_that_hangs_does_not_outlive_its_server(checkpoint: Path) -> None:
+    async def test() -> None:
+        async with started(checkpoint) as llm:
+            host = EngineHost(lambda: llm)
+            pid = llm._client.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            await host.close()
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
 
     run(test)
 

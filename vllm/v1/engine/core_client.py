@@ -34,7 +34,8 @@ __all__ = ["InprocClient", "IpcClient"]
 
 logger = get_logger(__name__)
 
-_EXIT_TIMEOUT_S = 5.0
+# Less than what the server waits for its engine, or one that hangs would outlive it, card and all.
+_EXIT_TIMEOUT_S = 3.0
 
 
 class InprocClient:
