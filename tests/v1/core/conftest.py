@@ -133,20 +133,23 @@ class FakeWorker:
         for chunk in plan.prefill:
             if chunk.request_id in self.failing:
                 errors[chunk.request_id] = self.failing.pop(chunk.request_id)
+                continue
             self._prefill(chunk.request_id, chunk.start, chunk.length)
             row = self.rows[chunk.request_id]
             assert chunk.is_last == (row.num_prefilled == row.num_prompt)
-        frames, finish = [], []
+        made, frames, finish = [], [], []
         assert (plan.step_kind is StepKind.DECODE) == bool(plan.decode)
         assert (plan.step_kind is StepKind.PREFILL) == bool(plan.prefill)
         for request_id in plan.decode:
             if request_id in self.failing:
                 errors[request_id] = self.failing.pop(request_id)
+                continue
             frame, flag = self._decode(request_id)
+            made.append(request_id)
             frames.append(frame)
             finish.append(flag)
         return ModelRunnerOutput(
-            request_ids=plan.decode,
+            request_ids=tuple(made),
             frames=np.array(frames, np.int16) if frames else None,
             finish=np.array(finish, np.uint8) if frames else None,
             errors=errors,
