@@ -217,6 +217,14 @@ def test_pieces_without_words_are_passed_over(make_driver: Callable[..., Any]) -
         make_driver().speak(SpeechPrompt(text="( )"), SamplingParams(seed=1))
 
 
+def test_a_drawn_seed_survives_json_in_javascript(make_driver: Callable[..., Any]) -> None:
+    processor = make_driver().processor
+    prompt = SpeechPrompt(text="Hi.")
+    seeds = [processor.process("r", prompt, SamplingParams()).next_request().seed for _ in range(9)]
+    assert len(set(seeds)) == 9
+    assert all(seed == float(seed) <= 2**53 - 1 for seed in seeds)
+
+
 def test_the_seed_in_use_is_reported(make_driver: Callable[..., Any]) -> None:
     driver = make_driver()
     drawn = driver.speak(SpeechPrompt(text="Hi."), SamplingParams(max_tokens=20))

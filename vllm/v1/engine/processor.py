@@ -45,6 +45,9 @@ from vllm.v1.engine.speech_task import Guards, Part, SpeechTask, frames_of
 
 __all__ = ["Processor"]
 
+# Of seeds drawn here: replies tell them in JSON, and JavaScript reads its numbers as doubles.
+_SEED_BITS = 53
+
 
 class Processor:
     """Checks requests and makes tasks of them.
@@ -303,4 +306,4 @@ def _seed(params: SamplingParams) -> int:
     """The seed in use: as given, 0 where nothing is drawn, else a random one."""
     if params.seed is not None:
         return params.seed
-    return 0 if params.temperature == 0 else secrets.randbits(63)
+    return 0 if params.temperature == 0 else secrets.randbits(_SEED_BITS)
