@@ -30,7 +30,6 @@ LEVELS = {
     "vllm.audio": 1.0,
     "vllm.prompts": 1.0,
     "vllm.platforms": 1.0,
-    "vllm.distributed": 1.0,
     "vllm.kernels": 1.0,
     "vllm.forward_context": 1.0,
     "vllm.benchmarks": 1.1,

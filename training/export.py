@@ -28,7 +28,8 @@ from vllm.checkpoint_config import HiggsAudioConfig
 from vllm.checkpoints.make_codec import write_codec
 from vllm.checkpoints.make_model import write_configuration
 from vllm.entrypoints.bosonai.voices import SHIPPED_PRESETS
-from vllm.model_executor.codecs.higgs import HiggsCodecConfig, fold_weight_norm
+from vllm.model_executor.codecs.higgs import HiggsCodecConfig
+from vllm.model_executor.codecs.higgs_tensors import fold_weight_norm
 
 _VOICE = "en_woman"
 _MAX_CHARS = 56  # one sentence, which is what the training texts hold

@@ -18,7 +18,7 @@ from torch import Tensor
 from training.decoder import Decoder
 from training.encoder import Encoder
 from training.export import AUDIO_HEAD, TEMPERATURES, TEXT_HEAD, sharpened
-from vllm.model_executor.codecs.higgs import fold_weight_norm
+from vllm.model_executor.codecs.higgs_tensors import fold_weight_norm
 
 
 def import_lm(model: Path, out: Path, *, temperatures: tuple[float, float] = (1.0, 1.0)) -> None:

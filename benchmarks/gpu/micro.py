@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
 
 from benchmarks.gpu import kernel_cases, linear_cases
 from benchmarks.gpu.clock import seconds_per_call
@@ -12,8 +11,6 @@ from benchmarks.gpu.kernel_cases import Case, SamplerRows
 from benchmarks.gpu.suite import Suite
 
 __all__ = ["run"]
-
-Maker = Callable[[], Iterator[Case]]
 
 
 def run(suite: Suite) -> None:

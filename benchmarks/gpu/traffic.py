@@ -28,7 +28,6 @@ class Heard:
     arrivals: list[float] = field(default_factory=list)  # of audio
     samples: bytearray = field(default_factory=bytearray, repr=False)  # float32
     codes: bytearray = field(default_factory=bytearray, repr=False)  # int16, delayed
-    ended_at: float | None = None
 
     @property
     def first_audio_s(self) -> float:
@@ -108,7 +107,6 @@ def drive(
                 heard.player.feed(now, len(output.audio) / 4 / core.info.sample_rate)
             if output.finish_reason is not None:
                 heard.player.end()
-                heard.ended_at = now
                 num_open -= 1
                 if len(replies) < num_requests:
                     send()

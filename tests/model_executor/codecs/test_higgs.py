@@ -12,7 +12,8 @@ from vllm.checkpoints.make_codec import CODEC_SIZES
 from vllm.exceptions import CheckpointError, InvalidRequestError
 from vllm.kernels import native
 from vllm.model_executor.codecs import higgs, load_codec
-from vllm.model_executor.codecs.higgs import HiggsCodecConfig, codec_key, fold_weight_norm
+from vllm.model_executor.codecs.higgs import HiggsCodecConfig
+from vllm.model_executor.codecs.higgs_tensors import codec_key, fold_weight_norm
 from vllm.model_executor.codecs.hubert import resample
 
 

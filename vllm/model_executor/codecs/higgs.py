@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +24,12 @@ from vllm.kernels import native
 from vllm.kernels.pair_wave_decoder import PairWaveDecoder, can_decode_in_pairs
 from vllm.kernels.wave_decoder import WaveDecoder, WaveLayer
 from vllm.logger import get_logger
+from vllm.model_executor.codecs.higgs_tensors import fold_weight_norm, named_tensors
 from vllm.model_executor.codecs.hubert import Hubert, HubertConfig, resample
 from vllm.model_executor.codecs.interface import Codec
 from vllm.model_executor.weights import iter_tensors, load_strict, read_config
 
-__all__ = ["HiggsCodec", "HiggsCodecConfig", "codec_key", "fold_weight_norm"]
+__all__ = ["HiggsCodec", "HiggsCodecConfig"]
 
 logger = get_logger(__name__)
 
@@ -190,8 +190,13 @@ class HiggsCodec(Codec):
             codec = cls(config)
         codec.to_empty(device="cpu")
         codec.row_offsets.copy_(torch.arange(config.num_codebooks)[:, None] * config.codebook_size)
-        tensors = fold_weight_norm(_canonical(iter_tensors(folder), config, source=str(folder)))
-        load_strict(codec.state_dict(), tensors, source=str(folder))
+        tensors = named_tensors(
+            iter_tensors(folder),
+            num_blocks=len(config.ratios),
+            decode_only=config.decode_only,
+            source=str(folder),
+        )
+        load_strict(codec.state_dict(), fold_weight_norm(tensors), source=str(folder))
         codec.finish_loading()
         codec.to(device=device, dtype=dtype).eval().requires_grad_(False)
         if uses_kernels and dtype == torch.float32:
@@ -549,116 +554,6 @@ def _num_codebooks(raw: Mapping[str, Any], ratios: Sequence[int]) -> int:
     frame_rate = math.ceil(raw.get("sample_rate", 24000) / math.prod(ratios))
     bits_per_code = math.ceil(math.log2(raw.get("codebook_size", 1024)))
     return int(1000 * bandwidths[-1] // (frame_rate * bits_per_code))
-
-
-# --- checkpoint keys ---
-
-_UNUSED = re.compile(
-    r"decoder_semantic\.|fc1\.|semantic_model\.masked_spec_embed$|"
-    r".*\.codebook\.(embed_avg|cluster_size|inited)$"
-)
-_ENCODER_ONLY = re.compile(
-    r"acoustic_encoder\.|encoder_semantic\.|semantic_model\.|fc\.|quantizer\..*\.project_in\."
-)
-_GENERATION_MODEL = re.compile(r"model\.|layers\.|audio_lm_head\.|audio_decoder_proj\.")
-_UNIT_PARTS = ("snake1", "conv1", "snake2", "conv2")
-_BOSON_PREFIXES = {
-    "quantizer.vq.layers.": "quantizer.quantizers.",
-    "fc_prior.": "fc.",
-    "fc_post1.": "fc1.",
-    "fc_post2.": "fc2.",
-}
-
-
-def codec_key(key: str, *, num_blocks: int) -> str:
-    """Name of a tensor in transformers' spelling; a name that has it already comes back as it is.
-
-    Args:
-        key: name in either layout, with any suffix of weight norm.
-        num_blocks: blocks of encoder and decoder, 5 in the published codec.
-    """
-    if found := re.fullmatch(r"encoder\.block\.(\d+)\.(.+)", key):
-        return "acoustic_encoder." + _boson_dac(
-            int(found[1]), found[2], num_blocks, first_unit=0, tail=("snake1", "conv1")
-        )
-    if found := re.fullmatch(r"decoder_2\.model\.(\d+)\.(.+)", key):
-        return "acoustic_decoder." + _boson_dac(
-            int(found[1]), found[2], num_blocks, first_unit=2, tail=("snake1", "conv_t1")
-        )
-    for prefix, replacement in _BOSON_PREFIXES.items():
-        if key.startswith(prefix):
-            return replacement + key[len(prefix) :].replace("._codebook.", ".codebook.")
-    if key.startswith(("encoder_semantic.", "decoder_semantic.")):
-        return re.sub(r"\.(conv[12]?)\.conv\.", r".\1.", key)
-    return key
-
-
-def _boson_dac(
-    index: int, rest: str, num_blocks: int, *, first_unit: int, tail: tuple[str, str]
-) -> str:
-    """One tensor of the original's numbered sequence, named by what it is."""
-    if index == 0:
-        return f"conv1.{rest}"
-    if index > num_blocks:
-        return f"{('snake1', 'conv2')[index - num_blocks - 1]}.{rest}"
-    found = re.fullmatch(r"block\.(\d+)\.(?:block\.(\d+)\.)?(.+)", rest)
-    if found is None:
-        return f"block.{index - 1}.{rest}"
-    part, unit_part, leaf = int(found[1]), found[2], found[3]
-    if unit_part is not None:
-        unit = part - first_unit + 1
-        return f"block.{index - 1}.res_unit{unit}.{_UNIT_PARTS[int(unit_part)]}.{leaf}"
-    first_tail = 0 if first_unit else len(_DILATIONS)
-    return f"block.{index - 1}.{tail[part - first_tail]}.{leaf}"
-
-
-def _canonical(
-    tensors: Iterable[tuple[str, Tensor]], config: HiggsCodecConfig, *, source: str
-) -> Iterator[tuple[str, Tensor]]:
-    for key, tensor in tensors:
-        if _GENERATION_MODEL.match(key):
-            raise CheckpointError(
-                f"{source} holds {key!r}: these are weights of the generation model, not of the "
-                "codec; remove the stray file or take another revision"
-            )
-        name = codec_key(key, num_blocks=len(config.ratios))
-        if _UNUSED.match(name) or (config.decode_only and _ENCODER_ONLY.match(name)):
-            continue
-        yield name, tensor
-
-
-def fold_weight_norm(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Replace each pair of length and direction by the weight that it stands for.
-
-    ``weight = g * v / |v|`` with the norm over every dimension that ``g`` has reduced to 1. Both
-    spellings are known: ``weight_g`` / ``weight_v``, and ``parametrizations.weight.original0/1``.
-    """
-    halves: dict[str, dict[str, Tensor]] = {}  # weight name -> {"g": ..., "v": ...}
-    for name, tensor in tensors:
-        found = re.fullmatch(
-            r"(.+)\.(?:weight_([gv])|parametrizations\.weight\.original([01]))", name
-        )
-        if found is None:
-            yield name, tensor
-            continue
-        weight = f"{found[1]}.weight"
-        pair = halves.setdefault(weight, {})
-        pair[found[2] or "gv"[int(found[3])]] = tensor
-        if len(pair) == 2:
-            del halves[weight]
-            yield weight, _folded(weight, pair["g"], pair["v"])
-    for weight, pair in halves.items():
-        yield f"{weight}_{next(iter(pair))}", next(iter(pair.values()))
-
-
-def _folded(name: str, length: Tensor, direction: Tensor) -> Tensor:
-    if length.ndim != direction.ndim:
-        raise CheckpointError(
-            f"{name}: weight norm of shapes {list(length.shape)} and {list(direction.shape)}"
-        )
-    reduced = [dim for dim, size in enumerate(length.shape) if size == 1]
-    norm: Tensor = torch.linalg.vector_norm(direction, dim=reduced, keepdim=True)
-    return direction * (length / norm)
 
 
 def _only(state: Mapping[str, Tensor], parts: Sequence[str]) -> dict[str, Tensor]:

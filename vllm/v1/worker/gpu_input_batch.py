@@ -42,10 +42,6 @@ class InputBatch:
         self._metadata: SamplingMetadata | None = None
 
     @property
-    def num_reqs(self) -> int:
-        return len(self._rows)
-
-    @property
     def rows(self) -> Mapping[str, int]:
         """Row of each request, read-only."""
         return MappingProxyType(self._rows)
