@@ -24,7 +24,7 @@ _ARCHITECTURES: dict[CheckpointLayout, str] = {
 }
 
 # The published ids. A layout that has no field for one of them takes it from here, if the
-# vocabulary reaches that far (specification §1.4, rule 5).
+# vocabulary reaches that far.
 _PUBLISHED_IDS = {
     "bos": 128000,
     "eos": 128001,
@@ -55,7 +55,7 @@ _FIXED_DECODER_SWITCHES: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama 3's stretch of the slow rotary frequencies (specification §2.3)."""
+    """Llama 3's stretch of the slow rotary frequencies, by its names in ``config.json``."""
 
     factor: float
     low_freq_factor: float

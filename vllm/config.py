@@ -37,7 +37,7 @@ _TOY_NOTICE = (
 )
 
 _MAX_THREADS = 1024  # more than any machine's cores; OpenMP may end the process far above
-_MAX_POSITIONS = 131_072  # what the published model was made for (specification §1.1)
+_MAX_POSITIONS = 131_072  # ``max_position_embeddings`` of the published model
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "fp8"]

@@ -37,7 +37,7 @@ def test_transformers_files_have_plain_weights_and_every_published_key(tmp_path)
     assert state["acoustic_decoder.conv1.weight"].shape == (64, 16, 7)
     prefix = "semantic_model.encoder.pos_conv_embed.conv.parametrizations.weight"
     assert state[f"{prefix}.original0"].shape == (1, 1, 16)
-    # Specification §3.2: the published file has 527 tensors; HuBERT here has 10 layers of 16
+    # The published file has 527 tensors; HuBERT here has 10 layers of 16
     # tensors fewer, and the training-only mask embedding is written as well.
     assert len(state) - ("semantic_model.masked_spec_embed" in state) == 527 - 10 * 16
 

@@ -248,7 +248,7 @@ def _boson_tensors(name: str, tensor: Tensor, config: HiggsCodecConfig) -> list[
 
 
 def _boson_key(name: str, num_blocks: int) -> str:
-    """The original's name of a tensor, by specification §3.2."""
+    """The original's name of a tensor: ``codec_key`` backwards."""
     if name.startswith("quantizer."):
         name = name.replace("quantizer.quantizers.", "quantizer.vq.layers.")
         return name.replace(".codebook.", "._codebook.")

@@ -16,7 +16,7 @@ __all__ = ["PUBLISHED_FIRST_SPECIAL_ID", "SPECIAL_TOKENS", "make_tokenizer"]
 PUBLISHED_FIRST_SPECIAL_ID = 128000
 _NUM_BPE_TOKENS = 320
 
-# In the order of their published ids, the first being 128000 (specification §4.1).
+# In the order of their published ids, the first being 128000.
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -54,7 +54,7 @@ _TRAINING_TEXT = (
     "system user assistant and there is the one that was heard in the morning of the day",
 )
 
-# Renders what the published template renders (specification §5.4).
+# Renders what the published template renders.
 _CHAT_TEMPLATE = """\
 {%- macro header(role) -%}
 {{ "<|start_header_id|>" ~ role ~ "<|end_header_id|>\\n\\n" }}

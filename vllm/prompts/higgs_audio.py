@@ -1,4 +1,4 @@
-"""Prompts of Higgs Audio v2: system turn, reference, earlier turns, text turn (specification §5).
+"""Prompts of Higgs Audio v2: system turn, reference, earlier turns, text turn.
 
 Ids come from the tokenizer and the checkpoint's config by name. How clips become codes and how
 positions become embeddings is the engine's business.
@@ -99,7 +99,7 @@ class HiggsAudioPromptBuilder:
             normalize: rewrite ``text`` and the texts of ``history`` first.
             history: earlier parts as the user wrote them, oldest first.
             speakers: where all have clips, each clip is a turn of its speaker; else the system
-                turn lists them, with a clip or a description (specification §5.3).
+                turn lists them, with a clip or a description.
 
         Raises:
             InvalidRequestError: nothing is left to speak, or a speaker's voice cannot be shown

@@ -1,4 +1,4 @@
-"""Rewrites text into the spelling that the model was trained on (specification §5.5).
+"""Rewrites text into the spelling that the model was trained on, as its example script does.
 
 Pure functions over strings: punctuation, units, sound tags and white space. Numbers, dates and
 abbreviations are left as they are.

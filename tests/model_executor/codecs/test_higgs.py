@@ -374,7 +374,7 @@ def test_full_size_has_the_published_parameter_count():
     with torch.device("meta"):
         full = HiggsCodec(CODEC_SIZES["full"])
         small = HiggsCodec(replace(CODEC_SIZES["full"], decode_only=True))
-    # Specification §7.3: encoder 51.3 M, HuBERT 94.4 M, semantic encoder 14.7 M, fc 1.05 M.
+    # As published: encoder 51.3 M, HuBERT 94.4 M, semantic encoder 14.7 M, fc 1.05 M.
     count = {n: sum(p.numel() for p in m.parameters()) / 1e6 for n, m in full.named_children()}
     assert count["acoustic_encoder"] == pytest.approx(51.3, abs=0.05)
     assert count["semantic_model"] == pytest.approx(94.4, abs=0.05)

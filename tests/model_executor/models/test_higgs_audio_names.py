@@ -27,7 +27,7 @@ PUBLISHED = {
 
 
 def published_names():
-    """(original name, transformers name, shape) of all tensors, from the specification's table."""
+    """(original name, transformers name, shape) of all tensors, as both layouts were published."""
     wide, ffn, kv = 3072, 8192, 1024
     rows = [
         ("embed_tokens.weight", "model.embed_tokens.weight", [128256, wide]),

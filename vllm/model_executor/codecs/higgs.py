@@ -1,7 +1,7 @@
 """The Higgs Audio v2 codec: eight codes per frame to samples, and clips to codes.
 
-Knows its two checkpoint layouts and nothing of streaming; formulas and key names are those of
-specification §3.2 and §7.
+Knows the sizes that its two checkpoint layouts state, and nothing of streaming. Formulas are those
+of ``HiggsAudioV2TokenizerModel`` in ``transformers``, which tests compare with.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class HiggsCodec(Codec):
 
     @torch.no_grad()
     def finish_loading(self) -> None:
-        """Derive what decoding runs on from the loaded weights (specification §7.2).
+        """Derive what decoding runs on from the loaded weights.
 
         Codebook, ``project_out`` and ``fc2`` are linear in a row, so they fold into one table per
         codebook and one bias; sums are made in float64 and rounded once.
@@ -545,7 +545,7 @@ def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _num_codebooks(raw: Mapping[str, Any], ratios: Sequence[int]) -> int:
-    """Codebooks that the largest bandwidth pays for (specification §7.1)."""
+    """Codebooks that the largest bandwidth pays for, in kbit/s."""
     bandwidths = raw.get("target_bandwidths")
     if not ratios or not bandwidths:
         raise CheckpointError(

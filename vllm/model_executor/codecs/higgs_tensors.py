@@ -1,7 +1,6 @@
 """Tensors of a Higgs Audio v2 codec, whichever of its two checkpoint layouts they come from.
 
-Brings names into one spelling and joins what weight norm holds apart (specification §7); knows no
-network.
+Brings names into one spelling and joins what weight norm holds apart; knows no network.
 """
 
 from __future__ import annotations

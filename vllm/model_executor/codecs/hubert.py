@@ -77,7 +77,7 @@ class HubertConfig:
 
 
 class Hubert(nn.Module):
-    """Samples at 16 kHz to the mean of all hidden states (specification §7.3)."""
+    """Samples at 16 kHz to the mean of all hidden states, the input's included."""
 
     def __init__(self, config: HubertConfig) -> None:
         super().__init__()

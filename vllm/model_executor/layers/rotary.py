@@ -20,8 +20,8 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
     """Angle per position of each pair of dimensions, float32 [head_dim / 2].
 
     With scaling, wavelengths shorter than ``original / high_freq_factor`` stay, longer than
-    ``original / low_freq_factor`` are stretched by ``factor``, and those between are blended
-    (specification §2.3).
+    ``original / low_freq_factor`` are stretched by ``factor``, and those between are blended, as
+    Llama 3 does it.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
     plain = 1.0 / theta**exponents

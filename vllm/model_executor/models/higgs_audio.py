@@ -1,7 +1,7 @@
 """Higgs Audio v2: a decoder whose layers keep one feed-forward block for text, one for audio.
 
-Attention weights and the KV cache are shared by both kinds of position (specification §2). Knows
-both key layouts of the checkpoints; knows no sampling, delay pattern or request.
+Attention weights and the KV cache are shared by both kinds of position. Knows both key layouts of
+the checkpoints; knows no sampling, delay pattern or request.
 """
 
 from __future__ import annotations
