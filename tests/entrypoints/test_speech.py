@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import wave
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import av
@@ -13,8 +15,10 @@ import httpx
 import numpy as np
 import pytest
 
+from vllm.audio import lookup
+from vllm.entrypoints.bosonai.speech_reply import AudioFacts, Ending, Reply
 from vllm.exceptions import EngineError, OverloadedError
-from vllm.outputs import FinishReason
+from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
 
 RATE = 24_000
 TEXT = "Hello there."
@@ -159,6 +163,30 @@ def test_sse_pieces_form_the_streamed_file(live: Any, name: str) -> None:
     assert [kind for kind, _ in events[:-1]] == ["speech.audio.delta"] * (len(events) - 1)
     data = b"".join(base64.b64decode(payload["audio"]) for _, payload in events[:-1])
     assert data == speak(live, response_format=name, seed=5).content
+
+
+def test_events_fit_into_the_lines_that_clients_read() -> None:
+    piece = bytes(range(250)) * 800
+
+    async def no_outputs() -> AsyncGenerator[SpeechOutput]:
+        return
+        yield
+
+    class SlowSpeech(Reply):
+        async def audio(self) -> AsyncGenerator[bytes]:
+            yield piece
+
+        def ending(self) -> Ending:
+            return Ending(FinishReason.STOP, Usage(), SpeechStats(), seed=1)
+
+    async def read() -> list[str]:
+        reply = SlowSpeech(AudioFacts(lookup("pcm"), 24_000, "a", 1), no_outputs(), {})
+        return b"".join([event async for event in reply.events()]).decode().splitlines()
+
+    lines = asyncio.run(read())
+    assert max(map(len, lines)) < 2**16
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+    assert b"".join(base64.b64decode(event.get("audio", "")) for event in events) == piece
 
 
 def test_sse_ends_with_usage_and_stats(live: Any) -> None:

@@ -64,6 +64,7 @@ END_HEADERS = (
     "X-Finish-Reason",
 )
 _HEADER_SAFE = "".join(set(string.punctuation) - {"%"})
+_EVENT_BYTES = 48_000  # of audio; many clients read lines of up to 64 KiB, and base64 adds a third
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -168,8 +169,10 @@ class Reply(ABC):
         try:
             async with aclosing(self.audio()) as pieces:
                 async for piece in pieces:
-                    encoded = base64.b64encode(piece).decode("ascii")
-                    yield _event({"type": "speech.audio.delta", "audio": encoded})
+                    for start in range(0, len(piece), _EVENT_BYTES):
+                        encoded = base64.b64encode(piece[start : start + _EVENT_BYTES])
+                        audio = encoded.decode("ascii")
+                        yield _event({"type": "speech.audio.delta", "audio": audio})
         except HiggsAudioError as error:
             logger.error("reply ended with an error event: %s", error)
             body = error_body(error.http_status, str(error), code=error.code)
