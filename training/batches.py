@@ -7,7 +7,8 @@ is wrong or missing, only the text tells what comes next.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,24 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(each.to(device) for each in self))
+
+
+class _Utterance(NamedTuple):
+    """A row of a batch before it is padded."""
+
+    ids: NDArray[np.int64]  # [n], with what the clip says
+    clip: NDArray[np.int64]  # [c, 8], delayed frames of the clip of the voice; c may be 0
+    clip_at: int  # ids before the clip
+    frames: NDArray[np.int64]  # [t + 1, 8], delayed, of which the last is a target only
+    reading: NDArray[np.float32]  # [t, aligned ids]
+
+
+class _Size(NamedTuple):
+    """What the rows of a batch are padded to."""
+
+    num_text: int
+    num_clip: int  # of the audio, frames of clips
+    num_audio: int
 
 
 def alignment(durations: NDArray[np.uint8], num_frames: int) -> NDArray[np.float32]:
@@ -107,46 +126,60 @@ class Batches:
         ``references`` are the utterances that the prompts have as clips of the voice, one for each
         or none.
         """
-        corpus = self._corpus
-        texts, delayed, readings = [], [], []
-        heads = [np.array(PREFIX) for _ in indices]
-        clips: list[NDArray[np.int64]] = [np.zeros((0, 8), np.int64) for _ in indices]
-        for row, index in enumerate(references):
-            said = corpus.symbols_of(index).astype(np.int64) + FIRST_SYMBOL_ID
-            heads[row] = np.concatenate([PREFIX, said, SUFFIX, BETWEEN])
-            clips[row] = delay(corpus.codes_of(index))
-        for head, index in zip(heads, indices, strict=True):
-            symbols = corpus.symbols_of(index).astype(np.int64) + FIRST_SYMBOL_ID
-            if shuffled:
-                symbols = self._rng.permutation(symbols)
-            texts.append(np.concatenate([head, symbols, SUFFIX]))
-            codes = corpus.codes_of(index)
-            delayed.append(delay(codes)[: len(codes) + 1 + _TAIL_FRAMES + 1])
-            readings.append(alignment(corpus.durations_of(index), len(codes) + _TAIL_FRAMES + 1))
-        num_text = _rounded(max(map(len, texts)))
-        num_clip = max(map(len, clips))
-        num_audio = _rounded(num_clip + max(map(len, delayed)) - 1)
-        shape = (len(texts), num_audio, 8)
-        text = np.zeros((len(texts), num_text), np.int64)
-        frames = np.full(shape, EOS, np.int64)
-        targets = np.full(shape, IGNORED, np.int64)
-        reading = np.zeros((len(texts), num_audio, num_text), np.float32)
-        for row, (ids, full, read) in enumerate(zip(texts, delayed, readings, strict=True)):
-            spoken = slice(num_clip, num_clip + len(full) - 1)
-            text[row, num_text - len(ids) :] = ids
-            frames[row, : len(clips[row])] = clips[row]
-            frames[row, spoken] = self._damaged(full[:-1], delayed) if damaged else full[:-1]
-            targets[row, spoken] = _targets(full)
-            # The reading ends with the silence id, which is the first of the suffix.
-            first = num_text - len(SUFFIX) - read.shape[1] + 1
-            reading[row, spoken, first : first + read.shape[1]] = read[: len(full) - 1]
-        padding = np.array([num_text - len(ids) for ids in texts])
-        places = [
-            _positions(len(head) - len(BETWEEN), len(ids), len(clip), num_text, num_clip, num_audio)
-            for head, ids, clip in zip(heads, texts, clips, strict=True)
+        utterances = [
+            self._utterance(index, reference, shuffled=shuffled)
+            for index, reference in zip_longest(indices, references)
         ]
-        arrays = (text, padding, frames, targets, reading, np.stack(places))
-        return Batch(*(torch.from_numpy(each) for each in arrays))
+        num_clip = max(len(each.clip) for each in utterances)
+        size = _Size(
+            num_text=_rounded(max(len(each.ids) for each in utterances)),
+            num_clip=num_clip,
+            num_audio=_rounded(num_clip + max(len(each.frames) for each in utterances) - 1),
+        )
+        donors = [each.frames for each in utterances] if damaged else []
+        rows = [self._row(each, size, donors) for each in utterances]
+        return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+
+    def _utterance(self, index: int, reference: int | None, *, shuffled: bool) -> _Utterance:
+        corpus = self._corpus
+        head, clip = np.array(PREFIX), np.zeros((0, 8), np.int64)
+        if reference is not None:
+            head = np.concatenate([PREFIX, self._symbol_ids(reference), SUFFIX, BETWEEN])
+            clip = delay(corpus.codes_of(reference))
+        symbols = self._symbol_ids(index)
+        if shuffled:
+            symbols = self._rng.permutation(symbols)
+        codes = corpus.codes_of(index)
+        num_learnt = len(codes) + _TAIL_FRAMES + 1
+        return _Utterance(
+            ids=np.concatenate([head, symbols, SUFFIX]),
+            clip=clip,
+            clip_at=len(head) - len(BETWEEN),
+            frames=delay(codes)[: num_learnt + 1],
+            reading=alignment(corpus.durations_of(index), num_learnt),
+        )
+
+    def _symbol_ids(self, index: int) -> NDArray[np.int64]:
+        return self._corpus.symbols_of(index).astype(np.int64) + FIRST_SYMBOL_ID
+
+    def _row(
+        self, utterance: _Utterance, size: _Size, donors: Sequence[NDArray[np.int64]]
+    ) -> tuple[NDArray[Any], ...]:
+        """One row of each tensor of a batch; with ``donors`` its frames are damaged."""
+        ids, clip, _, full, read = utterance
+        num_padding = size.num_text - len(ids)
+        spoken = slice(size.num_clip, size.num_clip + len(full) - 1)
+        frames = np.full((size.num_audio, 8), EOS, np.int64)
+        frames[: len(clip)] = clip
+        frames[spoken] = self._damaged(full[:-1], donors) if donors else full[:-1]
+        targets = np.full(frames.shape, IGNORED, np.int64)
+        targets[spoken] = _targets(full)
+        # The reading ends with the silence id, which is the first of the suffix.
+        first = size.num_text - len(SUFFIX) - read.shape[1] + 1
+        reading = np.zeros((size.num_audio, size.num_text), np.float32)
+        reading[spoken, first : first + read.shape[1]] = read
+        text = np.pad(ids, (num_padding, 0))
+        return text, np.array(num_padding), frames, targets, reading, _positions(utterance, size)
 
     def _damaged(
         self, frames: NDArray[np.int64], donors: Sequence[NDArray[np.int64]]
@@ -170,18 +203,17 @@ class Batches:
         return frames
 
 
-def _positions(
-    clip_at: int, num_ids: int, clip_length: int, num_text: int, num_clip: int, num_audio: int
-) -> NDArray[np.int64]:
-    """Places in the prompt, [num_text + num_audio], of which a clip's begin at ``clip_at``."""
-    ids, spoken = np.arange(num_ids), np.arange(num_audio - num_clip)
-    ids[clip_at:] += clip_length
-    clip = np.arange(num_clip)
+def _positions(utterance: _Utterance, size: _Size) -> NDArray[np.int64]:
+    """Places in the prompt, [num_text + num_audio]."""
+    num_ids, clip_length = len(utterance.ids), len(utterance.clip)
+    ids, spoken = np.arange(num_ids), np.arange(size.num_audio - size.num_clip)
+    ids[utterance.clip_at :] += clip_length
+    clip = np.arange(size.num_clip)
     return np.concatenate(
         [
-            np.full(num_text - num_ids, -1),
+            np.full(size.num_text - num_ids, -1),
             ids,
-            np.where(clip < clip_length, clip_at + clip, -1),
+            np.where(clip < clip_length, utterance.clip_at + clip, -1),
             num_ids + clip_length + spoken,
         ]
     )
