@@ -38,6 +38,7 @@ Role = Literal["system", "user", "assistant"]
 class _Turn(NamedTuple):
     role: Role
     ids: list[int]
+    clips: tuple[PromptClip, ...] = ()  # that fill the slots among them, in order
 
 
 class HiggsAudioPromptBuilder:
@@ -105,36 +106,23 @@ class HiggsAudioPromptBuilder:
             InvalidRequestError: nothing is left to speak, or a speaker's voice cannot be shown
                 beside others.
         """
-        clips: list[PromptClip] = []
-        if speakers and any(speaker.voice.clip is None for speaker in speakers):
-            if system_prompt is not None:
-                raise InvalidRequestError(
-                    "system_prompt is not possible with voices that have no clip: it replaces "
-                    "their descriptions",
-                    param="system_prompt",
-                )
-            turns = [self._cast(speakers, instructions, clips)]
-        else:
-            own_text = None if speakers else voice.system_prompt
-            scene = None if speakers else voice.scene
-            system_text = system_prompt or own_text or _system_text(scene, instructions)
-            turns = [_Turn("system", self._encode_marked(system_text.strip(), _SYSTEM_MARKS))]
-            for transcript, clip in _references(voice, speakers):
-                turns += [_Turn("user", self._tokenizer.encode(transcript)), self._spoken(clip)]
-                clips.append(clip)
-        ids = [self._bos, *self._render(turns)]
-        num_voice_positions = len(ids) + len(self._header("user"))
+        opening = self._voice_turns(voice, speakers, instructions, system_prompt)
         turns = []
         for part in history:
-            turns += [_Turn("user", self._encode_text(part.text, normalize))]
-            turns += [self._spoken(part.clip)]
-            clips.append(part.clip)
+            earlier = _Turn("user", self._encode_text(part.text, normalize))
+            turns += [earlier, self._spoken(part.clip)]
         text_ids = self._encode_text(text, normalize)
         if not text_ids:
             raise InvalidRequestError("input holds nothing to speak", param="input")
         turns.append(_Turn("user", text_ids))
-        ids += [*self._render(turns), *self._header("assistant"), self._open_audio]
-        return self._built(np.asarray(ids, np.int32), tuple(clips), num_voice_positions)
+        voice_ids = [self._bos, *self._render(opening)]
+        ids = [*voice_ids, *self._render(turns), *self._header("assistant"), self._open_audio]
+        return self._built(
+            np.asarray(ids, np.int32),
+            tuple(clip for turn in (*opening, *turns) for clip in turn.clips),
+            # A user's turn follows whatever is said, so its header is the voice's as well.
+            num_voice_positions=len(voice_ids) + len(self._header("user")),
+        )
 
     def from_token_ids(
         self, token_ids: Sequence[int], codes: Sequence[NDArray[np.integer]]
@@ -169,14 +157,6 @@ class HiggsAudioPromptBuilder:
         ids[is_slot] = self._config.audio_token_id
         return self._built(ids, clips)
 
-    def _built(
-        self, ids: NDArray[np.int32], clips: tuple[PromptClip, ...], num_voice_positions: int = 0
-    ) -> BuiltPrompt:
-        is_slot = ids == self._config.audio_token_id
-        begins = is_slot & ~np.roll(is_slot, 1)  # no prompt ends with a slot
-        starts = tuple(np.flatnonzero(begins).tolist())
-        return BuiltPrompt(ids, clips, starts, num_voice_positions)
-
     def is_speakable(self, text: str, *, normalize: bool = True) -> bool:
         """Whether anything of ``text`` is left to speak."""
         return bool(self._encode_text(text, normalize))
@@ -184,6 +164,38 @@ class HiggsAudioPromptBuilder:
     def count_tokens(self, text: str) -> int:
         """Number of text ids of ``text``."""
         return len(self._tokenizer.encode(text))
+
+    def _voice_turns(
+        self,
+        voice: Voice,
+        speakers: Sequence[Speaker],
+        instructions: str | None,
+        system_prompt: str | None,
+    ) -> list[_Turn]:
+        """Turns that tell who speaks and how, whatever is said."""
+        if speakers and any(speaker.voice.clip is None for speaker in speakers):
+            if system_prompt is not None:
+                raise InvalidRequestError(
+                    "system_prompt is not possible with voices that have no clip: it replaces "
+                    "their descriptions",
+                    param="system_prompt",
+                )
+            return [self._cast(speakers, instructions)]
+        own_text = None if speakers else voice.system_prompt
+        scene = None if speakers else voice.scene
+        system_text = system_prompt or own_text or _system_text(scene, instructions)
+        turns = [_Turn("system", self._encode_marked(system_text.strip(), _SYSTEM_MARKS))]
+        for transcript, clip in _references(voice, speakers):
+            turns += [_Turn("user", self._tokenizer.encode(transcript)), self._spoken(clip)]
+        return turns
+
+    def _built(
+        self, ids: NDArray[np.int32], clips: tuple[PromptClip, ...], num_voice_positions: int = 0
+    ) -> BuiltPrompt:
+        is_slot = ids == self._config.audio_token_id
+        begins = is_slot & ~np.roll(is_slot, 1)  # no prompt ends with a slot
+        starts = tuple(np.flatnonzero(begins).tolist())
+        return BuiltPrompt(ids, clips, starts, num_voice_positions)
 
     def _render(self, turns: Sequence[_Turn]) -> Iterator[int]:
         """Ids of the turns; two assistant turns, which eom would part, never meet in them."""
@@ -198,16 +210,14 @@ class HiggsAudioPromptBuilder:
 
     def _spoken(self, clip: PromptClip) -> _Turn:
         slots = [self._config.audio_token_id] * self._num_slots(clip)
-        return _Turn("assistant", [self._open_audio, *slots, self._close_audio])
+        return _Turn("assistant", [self._open_audio, *slots, self._close_audio], (clip,))
 
     def _num_slots(self, clip: PromptClip) -> int:
         """Delayed frames of a clip: its own, one BOS and one EOS column, K - 1 of delay."""
         return clip.num_frames + self._config.num_codebooks + 1
 
-    def _cast(
-        self, speakers: Sequence[Speaker], instructions: str | None, clips: list[PromptClip]
-    ) -> _Turn:
-        """System turn with a line for each speaker; their clips are added to ``clips``."""
+    def _cast(self, speakers: Sequence[Speaker], instructions: str | None) -> _Turn:
+        """System turn with a line for each speaker: a clip or a description."""
         opening, closing = _system_text(None, instructions).rsplit("\n", 1)
         ids: list[int] = []
         text = opening + "\n"
@@ -217,9 +227,9 @@ class HiggsAudioPromptBuilder:
                 text += _description(name, voice)
                 continue
             ids += [*self._encode_marked(text, _SYSTEM_MARKS), *self._spoken(voice.clip).ids]
-            clips.append(voice.clip)
             text = ""
-        return _Turn("system", [*ids, *self._encode_marked(f"{text}\n{closing}", _SYSTEM_MARKS)])
+        ids += self._encode_marked(f"{text}\n{closing}", _SYSTEM_MARKS)
+        return _Turn("system", ids, tuple(each.clip for _, each in speakers if each.clip))
 
     def _encode_text(self, text: str, normalize: bool) -> list[int]:
         if normalize:
