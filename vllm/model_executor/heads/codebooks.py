@@ -100,7 +100,6 @@ class CodebookState:
         self._history = torch.full(
             (max_num_rows, MAX_RAS_WINDOW, num_codebooks), -1, dtype=torch.int16, device=device
         )  # [max_num_rows, MAX_RAS_WINDOW, num_codebooks], ring; -1 where BOS, EOS or nothing
-        self._starts = dict(_STARTS)
         self._codebook = torch.arange(num_codebooks, device=device)
         self._age = torch.arange(MAX_RAS_WINDOW, device=device)
 
@@ -130,7 +129,7 @@ class CodebookState:
             eos_rule: see ``SamplingParams``.
             frame_limit: delayed frames, BOS frame included, at which the row is cut.
         """
-        start = np.array(self._starts[eos_rule], np.int64)
+        start = np.array(_STARTS[eos_rule], np.int64)
         if frame_limit is not None:
             start[_FRAME_LIMIT] = frame_limit
         # NOTE: a number that is assigned to one element of a device's tensor waits for the device.
