@@ -1,8 +1,8 @@
 """One frozen dataclass per concern, and ``EngineConfig`` that bundles them.
 
 Command-line flags are made from these fields (``entrypoints.cli_args``), so a default and its
-help text exist once. Values that depend on the device ("auto", 0) are resolved by the worker,
-which returns new configurations; nothing here looks at the machine.
+help text exist once. Values that depend on the device ("auto", 0) are resolved by the worker, which
+says in ``WorkerInfo`` what they have become; nothing here looks at the machine.
 """
 
 from __future__ import annotations
