@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vllm import LLM, AsyncLLM, FinishReason, SamplingParams, SpeechOutput, SpeechPrompt
-from vllm.exceptions import ConfigError
+from vllm.exceptions import ConfigError, EngineDeadError
 
 PROMPT = SpeechPrompt(text="Good morning.", voice="en_woman")
 PARAMS = SamplingParams(seed=42)
@@ -19,6 +19,8 @@ def test_it_speaks_as_the_offline_engine_does() -> None:
         async with AsyncLLM(device="cpu") as llm:
             parts = [part async for part in llm.generate(PROMPT, PARAMS, "greeting")]
         assert llm.is_dead
+        with pytest.raises(EngineDeadError, match="make a new AsyncLLM"):
+            await llm.start()
         return parts
 
     parts = asyncio.run(speak())

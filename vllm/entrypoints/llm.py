@@ -5,6 +5,7 @@ Runs the engine in this process and needs neither a server nor its libraries.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from vllm.config import EngineConfig
 from vllm.entrypoints.bosonai.voices import VoiceLibrary, check_presets
-from vllm.exceptions import InvalidRequestError
+from vllm.exceptions import EngineDeadError, InvalidRequestError
 from vllm.outputs import SpeechOutput
 from vllm.prompts import SpeechPrompt
 from vllm.sampling_params import SamplingParams
@@ -26,7 +27,7 @@ __all__ = ["LLM"]
 
 
 class LLM:
-    """A speech model, loaded and ready.
+    """A speech model, loaded and ready. Calls from several threads take turns.
 
     Args:
         model: Hub id or folder; None is the embedded model.
@@ -66,6 +67,8 @@ class LLM:
         self._client = InprocClient(self.config)
         self.voices = VoiceLibrary.for_engine(self.info, folder=folder, default_voice=default_voice)
         self._processor = Processor(self.config, self.info, self.voices)
+        self._turn = threading.Lock()
+        self._is_shut_down = False
 
     @property
     def info(self) -> EngineInfo:
@@ -88,6 +91,7 @@ class LLM:
 
         Raises:
             InvalidRequestError: a prompt is wrong; then none has been started.
+            EngineDeadError: the engine was shut down.
         """
         many = [prompts] if isinstance(prompts, (SpeechPrompt, str)) else list(prompts)
         settings = _one_for_each(params, len(many))
@@ -95,11 +99,16 @@ class LLM:
             self._processor.process(str(index), _as_prompt(prompt), each)
             for index, (prompt, each) in enumerate(zip(many, settings, strict=True))
         ]
-        return self._run(tasks, use_tqdm=use_tqdm)
+        with self._turn:
+            if self._is_shut_down:
+                raise EngineDeadError("the engine was shut down; make a new LLM")
+            return self._run(tasks, use_tqdm=use_tqdm)
 
     def shutdown(self) -> None:
-        """Stop the engine; the object is of no use afterwards."""
-        self._client.shutdown()
+        """Stop the engine, once nothing is spoken; the object is of no use afterwards."""
+        with self._turn:
+            self._is_shut_down = True
+            self._client.shutdown()
 
     def _run(self, tasks: Sequence[SpeechTask], *, use_tqdm: bool) -> list[SpeechOutput]:
         increments: dict[str, list[SpeechOutput]] = {task.request_id: [] for task in tasks}

@@ -88,11 +88,13 @@ class AsyncLLM(Generic[VoicesT]):
         return self._death is not None
 
     async def start(self) -> None:
-        """Start the engine process and wait until it is warm.
+        """Start the engine process and wait until it is warm; once.
 
         Raises:
             HiggsAudioError: it cannot start; the message says why.
         """
+        if self._death is not None:
+            raise EngineDeadError("this engine has ended; make a new AsyncLLM")
         try:
             self.info = await self._client.start()
             self.voices = self._make_voices(self.info)
