@@ -1,7 +1,9 @@
 """Codec decode, native, by torch and by transformers, at once and streamed, in one interleaved run.
 
-Where the native library is missing, ours is torch under both names. Runs on random checkpoints of the published sizes, since the time does not depend on the weights.
-The peer is transformers' own model class on the same files.
+Where the native library is missing, ours is torch under both names. Runs on random checkpoints of
+the published sizes, since the time does not depend on the weights. The peer is transformers' own
+model class on the same files. ``--rounding`` and ``--count`` take no times: they tell what rounded
+products would cost the samples, and how many products there are.
 
     python -m benchmarks.codec_decode
     python -m benchmarks.codec_decode --sizes full --num-frames 250 --json out.json
@@ -26,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks._codec_rounding import measure_rounding
 from benchmarks._codec_work import format_counts, windows_of
 from benchmarks._report import format_table, write_json
 from benchmarks._timing import CLOCKS, interleave, ratio
-from vllm.checkpoints.embedded import embedded_checkpoint
 from vllm.checkpoints.make_codec import CODEC_SIZES, make_codec
 from vllm.kernels import native
 from vllm.model_executor.codecs import Codec, load_codec
@@ -97,109 +99,6 @@ def measure(
         "speed_over_transformers": ratio(seconds["transformers"], seconds["one-shot"]),
         "streamed_over_one_shot_time": ratio(seconds["streamed"], seconds["one-shot"]),
     }
-
-
-def to_int8(x: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """``x`` in steps of a 127th of its largest magnitude over ``dim``."""
-    scale = x.abs().amax(dim, keepdim=True).clamp_(min=1e-30) / 127
-    return (x / scale).round_() * scale
-
-
-Rounding = Callable[[Tensor], Tensor]
-
-
-def measure_rounding(size: str, *, num_frames: int) -> dict[str, float]:
-    """Signal-to-noise ratio, dB, of samples when products take rounded numbers, by torch.
-
-    Sums, biases, Snakes and residuals stay float32. int8 weights have a scale per output, inputs
-    one per position. TF32 drops the lowest 13 bits of what it reads, and rounded has float16's.
-
-    Args:
-        size: of a random codec, or embedded for that of the embedded model.
-        num_frames: of random codes.
-    """
-    codec = _load_for_rounding(size)
-    shape = (1, codec.num_codebooks, num_frames)
-    codes = torch.randint(codec.codebook_size, shape, generator=torch.Generator().manual_seed(0))
-    decoder: torch.nn.Module = codec.acoustic_decoder  # type: ignore[attr-defined]
-    convs = {
-        name: module
-        for name, module in decoder.named_modules()
-        if isinstance(module, torch.nn.Conv1d | torch.nn.ConvTranspose1d)
-    }
-    plain = {name: conv.weight.detach().clone() for name, conv in convs.items()}
-
-    def decode(
-        round_weight: Rounding, round_input: Rounding, exact_layers: Sequence[str] = ()
-    ) -> Tensor:
-        handles = []
-        for name, conv in convs.items():
-            if name in exact_layers:
-                conv.weight.data = plain[name]
-                continue
-            is_transposed = isinstance(conv, torch.nn.ConvTranspose1d)
-            # Rounding by output sees the outputs first.
-            weight = plain[name].transpose(0, 1) if is_transposed else plain[name]
-            rounded = round_weight(weight)
-            conv.weight.data = (rounded.transpose(0, 1) if is_transposed else rounded).contiguous()
-            hook = lambda _, inputs: (round_input(inputs[0]), *inputs[1:])  # noqa: E731
-            handles.append(conv.register_forward_pre_hook(hook))
-        samples = by_torch(codec.decode, codes)
-        for handle in handles:
-            handle.remove()
-        return samples
-
-    def noise(*variant: Any) -> float:
-        error = (decode(*variant) - exact).square().mean()
-        return 10 * torch.log10(exact.square().mean() / error).item()
-
-    ends = ("conv1", "conv2")
-    variants: dict[str, tuple[Any, ...]] = {
-        "bfloat16 weights": (to_bf16, unchanged),
-        "bfloat16": (to_bf16, to_bf16),
-        "float16 weights": (to_fp16, unchanged),
-        "float16": (to_fp16, to_fp16),
-        "float16, ends exact": (to_fp16, to_fp16, ends),
-        "TF32": (to_tf32, to_tf32),
-        "TF32, ends exact": (to_tf32, to_tf32, ends),
-        "bfloat16 pairs": (to_bf16_pair, to_bf16_pair),
-        "int8 weights": (lambda w: to_int8(w, (1, 2)), unchanged),
-        "int8": (lambda w: to_int8(w, (1, 2)), lambda x: to_int8(x, (1,))),
-    }
-    with torch.inference_mode():
-        exact = decode(unchanged, unchanged)
-        return {name: noise(*variant) for name, variant in variants.items()}
-
-
-def _load_for_rounding(size: str) -> Codec:
-    if size == "embedded":
-        return load_codec(embedded_checkpoint() / "codec", device="cpu")
-    with tempfile.TemporaryDirectory() as name:
-        make_codec(Path(name), layout="transformers", size=size, seed=0)
-        return load_codec(Path(name), device="cpu")
-
-
-def unchanged(x: Tensor) -> Tensor:
-    return x
-
-
-def to_bf16(x: Tensor) -> Tensor:
-    return x.bfloat16().float()
-
-
-def to_bf16_pair(x: Tensor) -> Tensor:
-    """What two bfloat16 numbers hold of ``x``: the product of pairs is three of bfloat16."""
-    high = to_bf16(x)
-    return high + to_bf16(x - high)
-
-
-def to_fp16(x: Tensor) -> Tensor:
-    return x.half().float()
-
-
-def to_tf32(x: Tensor) -> Tensor:
-    """``x`` as tensor cores read float32: the lowest 13 bits are not looked at."""
-    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 def load_reference(folder: Path) -> Any:

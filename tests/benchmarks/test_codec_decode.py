@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.codec_decode import measure_rounding
+from benchmarks._codec_rounding import measure_rounding
 
 
 def test_tiny_codec_is_measured_and_written(tmp_path: Path, repo_root: Path) -> None:
