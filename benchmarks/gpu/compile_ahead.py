@@ -37,6 +37,7 @@ from vllm.checkpoints.make_model import make_model
 from vllm.forward_context import set_forward_context
 from vllm.kernels.attention import PrefillMetadata, PrefillSequence
 from vllm.kernels.cache import allocate_kv_caches
+from vllm.kernels.dependent_launch import DependentLaunch
 from vllm.kernels.linear_config import ROW_BUCKETS
 from vllm.model_executor.models import load_model
 from vllm.platforms import num_cores
@@ -54,11 +55,13 @@ class Task(NamedTuple):
     kind: str  # "step", "case" for what sections correctness and micro call by itself, "codec"
     num_rows: int = 0
     is_fp8: bool = False
+    pdl: DependentLaunch = DependentLaunch.OFF
 
     def __str__(self) -> str:
         if self.kind == "codec":
             return self.kind
-        return f"{self.kind} of {self.num_rows} rows{', fp8' if self.is_fp8 else ''}"
+        pdl = f", dependent launch {self.pdl.value}" if self.pdl.is_on else ""
+        return f"{self.kind} of {self.num_rows} rows{', fp8' if self.is_fp8 else ''}{pdl}"
 
 
 def tasks(*, is_quick: bool) -> list[Task]:
@@ -67,13 +70,15 @@ def tasks(*, is_quick: bool) -> list[Task]:
     found = [Task("step", rows, each) for each in formats for rows in ROW_BUCKETS]
     found.append(Task("codec"))
     # In other types than a step has them: results of heads, inputs of fp8.
-    return found + [Task("case", rows, each) for each in formats for rows in ROW_BUCKETS]
+    found += [Task("case", rows, each) for each in formats for rows in ROW_BUCKETS]
+    overlaps = [each for each in DependentLaunch if each.is_on and not is_quick]
+    return found + [Task("step", rows, pdl=each) for each in overlaps for rows in ROW_BUCKETS]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--jobs", type=int, default=min(num_cores(), 15), help="processes")
-    parser.add_argument("--quick", action="store_true", help="without fp8")
+    parser.add_argument("--quick", action="store_true", help="without fp8 and dependent launches")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, for the logic alone")
     arguments = parser.parse_args(argv)
@@ -146,14 +151,17 @@ def _step(suite: Suite, task: Task) -> None:
     table = torch.arange(blocks_each, device=device)
     state = CodebookModelState(model, count, device)
     step = state.fused_step(
-        caches, table.expand(count, -1).contiguous(), max_batch=count, batch_invariant=True
+        *(caches, table.expand(count, -1).contiguous()),
+        max_batch=count,
+        batch_invariant=True,
+        pdl=task.pdl,
     )
     rows = torch.arange(count, device=device)
     if step is not None:
         positions = torch.full((count,), 300 % suite.scale.max_model_len, device=device)
         logits = step(rows, positions, suite.scale.max_model_len)
         results = torch.zeros(count, config.num_codebooks + 1, dtype=torch.int16, device=device)
-        sampler = state.device_sampler(positions)
+        sampler = state.device_sampler(positions, pdl=task.pdl.is_on)
         sampler(logits.view(count, config.num_codebooks, -1), rows, results)
     sequence = PrefillSequence(rows, table[: -(-count // _BLOCK_SIZE)], start=0, length=count)
     metadata = PrefillMetadata.build([sequence], _BLOCK_SIZE)
