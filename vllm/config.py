@@ -59,7 +59,8 @@ class ModelConfig:
 
     model: str | None = _option(
         None,
-        "Hub id or folder of the model; none is the embedded one, higgs-audio-random one of noise",
+        "Hub id or folder of the model; none or higgs-audio-tiny is the embedded one, "
+        "higgs-audio-random one of noise",
     )
     tokenizer: str | None = _option(None, "Hub id or folder of the tokenizer; default: the model's")
     revision: str | None = _option(None, "Hub revision of the model")
@@ -264,7 +265,7 @@ class EngineConfig:
 
     @property
     def uses_embedded_model(self) -> bool:
-        return self.model.model is None
+        return self.model.model in (None, EMBEDDED_MODEL_NAME)
 
     @property
     def notice(self) -> str:

@@ -190,10 +190,12 @@ def test_voices_lists_the_shipped_ones(capsys: pytest.CaptureFixture[str]) -> No
     assert "alloy = en_woman" in lines[-1]
 
 
+@pytest.mark.parametrize("flags", [[], ["--model", "higgs-audio-tiny"]])
 def test_voices_of_the_embedded_model_say_which_it_speaks(
+    flags: list[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["voices"]) == 0
+    assert main(["voices", *flags]) == 0
     listed = voices_listed(capsys.readouterr().out.splitlines())
     assert "not spoken" not in listed.pop("en_woman")
     assert listed

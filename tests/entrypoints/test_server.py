@@ -39,6 +39,8 @@ def test_a_model_name_may_hold_slashes(start_server: Any) -> None:
 
 def test_models_without_a_download_say_what_they_are(live: Any, start_server: Any) -> None:
     assert "toy" in live.client.get("/v1/models").json()["data"][0]["description"]
+    named = start_server(None, "--model", "higgs-audio-tiny")
+    assert "toy" in named.client.get("/v1/models").json()["data"][0]["description"]
     random = start_server(None, "--model", "higgs-audio-random")
     assert "noise" in random.client.get("/v1/models").json()["data"][0]["description"]
     card = start_server(None, "--model", "some/model").client.get("/v1/models").json()["data"][0]

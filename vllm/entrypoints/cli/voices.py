@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm.checkpoints.embedded import embedded_checkpoint
+from vllm.config import EMBEDDED_MODEL_NAME
 from vllm.entrypoints.bosonai.voices import OPENAI_VOICE_ALIASES, VoiceLibrary
 from vllm.entrypoints.cli_args import normalize_flags
 
@@ -29,7 +30,7 @@ def run(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(normalize_flags(argv))
     folder = arguments.voice_presets_dir
     own = embedded_checkpoint() / "voices"
-    if folder is None and arguments.model is None and own.is_dir():
+    if folder is None and arguments.model in (None, EMBEDDED_MODEL_NAME) and own.is_dir():
         folder = own
     library = VoiceLibrary.without_engine(folder)
     entries = library.list()
