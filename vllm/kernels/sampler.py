@@ -185,10 +185,6 @@ class DeviceSampler:
         self._settings.index_copy_(0, index, words)
         self._arrivals.index_fill_(0, index, 0)
 
-    def stop_rows(self, rows: NDArray[np.int64]) -> None:
-        """Make ``rows`` idle."""
-        self._arrivals.index_fill_(0, _upload(rows, self._settings.device), -1)
-
     def __call__(self, logits: Tensor, rows: Tensor, results: Tensor) -> None:
         """Draw one frame for each row that runs, and append it to the row's stream.
 

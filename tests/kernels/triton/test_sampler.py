@@ -150,16 +150,18 @@ def test_end_of_speech_runs_down_the_staircase_and_stops_there(device, grid_orde
 
 def test_idle_rows_and_padding_change_nothing(device):
     rows = Rows([GREEDY, GREEDY, GREEDY], device, frame_limit=12, num_past=10)
-    before = rows.state.save_row(1)
-    rows.sampler.stop_rows(np.array([1]))
+    at_start = rows.state.save_row(1)
     logits = rows.logits(4)
+    assert rows.step(logits[:1], [1])[0, -1] == 2  # the limit
+    before = rows.state.save_row(1)
     results = rows.step(logits, [1, 0, -1, 2])
     assert results[[0, 2]].tolist() == [[-1, -1, -1]] * 2
-    assert results[[1, 3], -1].tolist() == [2, 2]  # the limit
+    assert results[[1, 3], -1].tolist() == [2, 2]
     after = rows.state.save_row(1)
     assert torch.equal(after.counters, before.counters)
     assert torch.equal(after.history, before.history)
 
+    rows.state.restore_row(1, at_start)
     rows.sampler.start_rows(np.array([1]), rows.settings.memory)
     assert rows.step(logits, [0, 1, 2, -1])[:, -1].tolist() == [-1, 2, -1, -1]
 

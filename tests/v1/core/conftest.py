@@ -313,7 +313,7 @@ def make_bench() -> Callable[..., Bench]:
             block_size,
             num_blocks,
             max_model_len,
-            enable_prefix_caching,
+            enable_prefix_caching=enable_prefix_caching,
             bos_code=BOS,
             frame_s=FRAME_S,
             clock=clock,

@@ -27,19 +27,11 @@ class KVCacheManager:
     last bits differ.
     """
 
-    def __init__(
-        self,
-        num_blocks: int,
-        block_size: int,
-        *,
-        enable_prefix_caching: bool,
-        cache_salt: bytes = b"",
-    ) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool) -> None:
         self.block_size = block_size
         self.num_prefix_queries = 0  # positions asked for
         self.num_prefix_hits = 0  # positions found
         self._pool = BlockPool(num_blocks, enable_caching=enable_prefix_caching)
-        self._salt = cache_salt
         self._tables: dict[str, list[int]] = {}  # req_id -> block ids in order of positions
         self._hashes: dict[str, tuple[bytes, ...]] = {}  # req_id -> hashes of full prompt blocks
 
@@ -152,7 +144,7 @@ class KVCacheManager:
     def _prompt_hashes(self, request: Request) -> tuple[bytes, ...]:
         hashes = self._hashes.get(request.request_id)
         if hashes is None:
-            hashes = hash_prompt_blocks(request, self.block_size, self._salt)
+            hashes = hash_prompt_blocks(request, self.block_size)
             self._hashes[request.request_id] = hashes
         return hashes
 
@@ -168,7 +160,7 @@ class KVCacheManager:
         self._pool.check_integrity(self._tables.values())
 
 
-def hash_prompt_blocks(request: Request, block_size: int, salt: bytes = b"") -> tuple[bytes, ...]:
+def hash_prompt_blocks(request: Request, block_size: int) -> tuple[bytes, ...]:
     """Hash of each full prompt block, each covering everything before it as well.
 
     A position is identified by its text id and, where a clip fills it, by the frame's codes.
@@ -177,7 +169,7 @@ def hash_prompt_blocks(request: Request, block_size: int, salt: bytes = b"") -> 
     identity = np.full((num_positions, 1 + request.num_codebooks), -1, np.int32)  # [P, 1 + K]
     identity[:, 0] = request.prompt_token_ids
     identity[request.audio_positions, 1:] = request.prompt_frames
-    hashes = [blake2b(salt, digest_size=_HASH_BYTES).digest()]
+    hashes = [b""]
     for start, stop in pairwise(range(0, num_positions + 1, block_size)):
         content = hashes[-1] + identity[start:stop].tobytes()
         hashes.append(blake2b(content, digest_size=_HASH_BYTES).digest())

@@ -86,7 +86,6 @@ class Scheduler:
         enable_prefix_caching: share blocks of equal prompt beginnings.
         bos_code: code of the BOS frame; smaller codes are real ones.
         frame_s: seconds that a frame plays.
-        cache_salt: identity of the model, part of every prefix hash.
         clock: seconds, never going back; the clock of ``EngineCoreRequest.arrival_time``.
     """
 
@@ -96,11 +95,10 @@ class Scheduler:
         block_size: int,
         num_blocks: int,
         max_model_len: int,
-        enable_prefix_caching: bool = True,
         *,
+        enable_prefix_caching: bool = True,
         bos_code: int,
         frame_s: float,
-        cache_salt: bytes = b"",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert config.max_num_seqs > 0, "max_num_seqs must be resolved before"
@@ -110,10 +108,7 @@ class Scheduler:
         self._frame_s = frame_s
         self._clock = clock
         self._kv_cache = KVCacheManager(
-            num_blocks,
-            block_size,
-            enable_prefix_caching=enable_prefix_caching,
-            cache_salt=cache_salt,
+            num_blocks, block_size, enable_prefix_caching=enable_prefix_caching
         )
         self._requests: dict[str, Request] = {}  # req_id -> every request that has not ended
         self._waiting: list[Request] = []  # most urgent first

@@ -232,7 +232,7 @@ class EngineCore:
             self._config.cache.block_size,
             worker.num_kv_blocks,
             self._config.model.max_model_len,
-            self._config.cache.enable_prefix_caching,
+            enable_prefix_caching=self._config.cache.enable_prefix_caching,
             bos_code=worker.stream_bos_id,
             frame_s=worker.hop_length / worker.sample_rate,
         )
