@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm.entrypoints.openai.errors import error_response, to_response
+from vllm.entrypoints.openai.errors import error_response, log_early_end, to_response
 from vllm.exceptions import HiggsAudioError, RequestAbortedError
 from vllm.logger import get_logger
 
@@ -111,15 +111,12 @@ class LastResortMiddleware:
 
 
 def _log_broken_reply(error: Exception, request_id: str) -> None:
-    extra = {"request_id": request_id}
     if isinstance(error.__cause__, HiggsAudioError):
         error = error.__cause__  # Starlette wraps what it may not handle any more
-    if isinstance(error, RequestAbortedError):
-        logger.info("the client left before the reply was complete", extra=extra)
-    elif isinstance(error, HiggsAudioError):
-        logger.error("reply broken off: %s", error, extra=extra)
+    if isinstance(error, HiggsAudioError):
+        log_early_end(error, request_id)
     else:
-        logger.error("reply broken off", exc_info=error, extra=extra)
+        logger.error("reply broken off", exc_info=error, extra={"request_id": request_id})
 
 
 class ApiKeyMiddleware:

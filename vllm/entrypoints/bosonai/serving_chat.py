@@ -46,11 +46,10 @@ from vllm.entrypoints.bosonai.speech_reply import (
 )
 from vllm.entrypoints.bosonai.synthesis import Synthesizer
 from vllm.entrypoints.openai.chat_protocol import ChatCompletionRequest, ReferenceTurn
-from vllm.entrypoints.openai.errors import error_body, fields_named
+from vllm.entrypoints.openai.errors import error_body, fields_named, log_early_end
 from vllm.entrypoints.openai.reply_bodies import ChatCompletion
 from vllm.entrypoints.openai.reply_docs import Replies, error_replies, events_of, header_docs
 from vllm.exceptions import EngineError, HiggsAudioError, InvalidRequestError
-from vllm.logger import get_logger
 from vllm.outputs import FinishReason, SpeechOutput
 from vllm.player import VirtualPlayer
 from vllm.prompts import PromptClip, SpeechPrompt, SpokenTurn, voice_id_of
@@ -60,7 +59,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ServingChat", "add_chat_routes"]
 
-logger = get_logger(__name__)
 
 # field of the speech route -> where a chat has it
 _CHAT_FIELDS = {
@@ -281,7 +279,7 @@ class _Answer:
                 async for delta in deltas:
                     yield self._chunk([{"index": 0, "delta": delta, "finish_reason": None}], empty)
         except HiggsAudioError as error:
-            logger.error("chat reply ended with an error event: %s", error)
+            log_early_end(error)
             body = error_body(error.http_status, str(error), code=error.code)
             yield _event({"error": body["error"]})
             yield _DONE

@@ -26,9 +26,8 @@ from starlette.types import Receive, Scope, Send
 
 from vllm.audio import AudioFormat, TimeStretch, make_encoder
 from vllm.entrypoints.bosonai.middleware import unless_client_leaves
-from vllm.entrypoints.openai.errors import error_body
+from vllm.entrypoints.openai.errors import error_body, log_early_end
 from vllm.exceptions import EngineError, HiggsAudioError
-from vllm.logger import get_logger
 from vllm.outputs import FinishReason, SpeechOutput, SpeechStats, Usage
 
 __all__ = [
@@ -45,7 +44,6 @@ __all__ = [
     "summary",
 ]
 
-logger = get_logger(__name__)
 
 # known before the first byte, so on every reply
 START_HEADERS = ("X-Seed", "X-Voice", "X-Sample-Rate", "X-Channels", "X-Bit-Depth")
@@ -174,7 +172,7 @@ class Reply(ABC):
                         audio = encoded.decode("ascii")
                         yield _event({"type": "speech.audio.delta", "audio": audio})
         except HiggsAudioError as error:
-            logger.error("reply ended with an error event: %s", error)
+            log_early_end(error)
             body = error_body(error.http_status, str(error), code=error.code)
             yield _event({"type": "speech.audio.error", "error": body["error"]})
             return

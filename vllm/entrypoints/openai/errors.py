@@ -6,6 +6,7 @@ form, also those of routing and authentication.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ __all__ = [
     "error_response",
     "fields_named",
     "install_error_handlers",
+    "log_early_end",
     "read_body",
     "to_response",
 ]
@@ -119,6 +121,17 @@ def to_response(error: Exception, *, validation_status: int = 400) -> JSONRespon
         return _from_http(error)
     logger.error("unexpected error", exc_info=error)
     return error_response(500, "internal error; the server's log says more")
+
+
+def log_early_end(error: HiggsAudioError, request_id: str | None = None) -> None:
+    """Log that a reply ended before its time: as an error, unless the client was the reason."""
+    level = logging.ERROR if error.http_status >= 500 else logging.INFO
+    logger.log(
+        level,
+        "reply ended early: %s",
+        error,
+        extra={"request_id": request_id} if request_id else None,
+    )
 
 
 def install_error_handlers(app: FastAPI) -> None:
