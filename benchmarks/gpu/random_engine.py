@@ -91,8 +91,9 @@ def open_core(suite: Suite, *, decodes_audio: bool, **options: Any) -> Iterator[
         yield core
     finally:
         core.shutdown()
-        # Whoever opened it has a name for it still, and the next engine needs its memory.
-        vars(core._executor._worker).clear()  # type: ignore[attr-defined]
+        # Whoever opened it has names for these still, and the next engine needs their memory.
+        for each in (runner_of(core), core._executor._worker):  # type: ignore[attr-defined]
+            vars(each).clear()
         gc.collect()
         if suite.is_cuda:
             torch.cuda.empty_cache()

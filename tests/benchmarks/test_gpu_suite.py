@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchmarks import gpu_suite
 from benchmarks.gpu import floors, step
 from benchmarks.gpu.floors import ASSUMED_H200
 from benchmarks.gpu.ledger import TARGETS, Figure, Ledger
+from benchmarks.gpu.random_engine import open_core, runner_of, write_folder
 from benchmarks.gpu.suite import ABLATIONS, FULL, TOY, Suite
 from vllm.checkpoints.make_model import make_model
 
@@ -106,6 +108,17 @@ def test_ablations_are_those_that_were_chosen(
 
 def test_an_ablation_of_steps_is_known_by_its_name() -> None:
     assert step._ablations(2).keys() <= ABLATIONS.keys()
+
+
+def test_an_engine_that_is_closed_leaves_its_memory_to_the_next(tmp_path: Path) -> None:
+    """Two of them may be more than a card holds, whoever still has a name for a part of one."""
+    suite = make_suite(tmp_path)
+    suite.config = write_folder(tmp_path, TOY)
+    with open_core(suite, decodes_audio=False, max_num_seqs=1, kv_cache_memory=8 << 20) as core:
+        runner = runner_of(core)
+        large = [weakref.ref(runner._kv_caches[0]), weakref.ref(core._executor._worker._model)]
+        assert all(each() is not None for each in large)
+    assert [each() for each in large] == [None, None], runner
 
 
 def test_floors_are_those_of_the_design(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ Two programs, since they change torch for their whole process; what they find is
     absent_card.py launches          engines of the published width, whose kernels are only noted
     absent_card.py codes FOLDER      an engine over a small model, whose kernels are interpreted
 
-For ``launches`` tensors on the card have shapes and no values: they are torch's on "meta", so whoever
-asks for a value fails. For
-``codes`` they are the CPU's and deny it. In both, streams, events and graphs do nothing.
+For ``launches`` tensors on the card have shapes and no values: they are torch's on "meta", so that
+whoever asks for a value fails. For ``codes`` they are the CPU's and deny it. In both, streams,
+events and graphs do nothing.
 """
 
 from __future__ import annotations
