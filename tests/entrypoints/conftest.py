@@ -127,6 +127,7 @@ class FakeEngine:
     aborted: list[str] = field(default_factory=list)
     is_ready: bool = False
     is_dead: bool = False
+    is_silent: bool = False
 
     def __post_init__(self) -> None:
         self.may_start.set()
@@ -159,6 +160,9 @@ class FakeEngine:
     def kill(self) -> None:
         self.is_dead = True
         self.is_ready = False
+
+    async def probe(self) -> bool:
+        return not self.is_silent
 
     async def wait_dead(self) -> None:
         while not self.is_dead:

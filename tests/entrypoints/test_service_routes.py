@@ -49,6 +49,17 @@ def test_health_of_a_ready_server(live: Any) -> None:
     assert set(body["stats"]) < set(live.client.get("/stats").json())
 
 
+def test_health_of_an_engine_that_says_nothing(start_server: Any, fake_engine: Any) -> None:
+    engine = fake_engine()
+    server = start_server(engine)
+    body = server.client.get("/health").json()
+    assert (body["status"], body["vllm_healthy"]) == ("ok", True)
+    engine.is_silent = True
+    health = server.client.get("/health")
+    assert health.status_code == 200
+    assert (health.json()["status"], health.json()["vllm_healthy"]) == ("degraded", False)
+
+
 def test_health_while_loading(start_server: Any, fake_engine: Any) -> None:
     engine = fake_engine()
     engine.may_start.clear()

@@ -24,6 +24,7 @@ from vllm.exceptions import (
 )
 from vllm.outputs import SpeechOutput
 from vllm.prompts import Voice
+from vllm.v1.engine import async_llm
 from vllm.v1.engine.async_llm import AsyncLLM
 
 HELLO = SpeechPrompt(text="Hello there.")
@@ -184,6 +185,28 @@ def test_an_engine_that_hangs_does_not_outlive_its_server(checkpoint: Path) -> N
             await host.close()
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
+
+    run(test)
+
+
+def test_an_engine_that_hangs_is_known_by_its_silence(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def wait_for(llm: AsyncLLM[Any], state: bool) -> None:
+        async with asyncio.timeout(60):
+            while await llm.probe() is not state:
+                await asyncio.sleep(0.01)
+
+    async def test() -> None:
+        async with started(checkpoint) as llm:
+            pid = llm._client.pid
+            assert pid is not None
+            assert await llm.probe()
+            monkeypatch.setattr(async_llm, "_SILENCE_LIMIT_S", 0.05)
+            os.kill(pid, signal.SIGSTOP)
+            await wait_for(llm, False)
+            os.kill(pid, signal.SIGCONT)
+            await wait_for(llm, True)
 
     run(test)
 

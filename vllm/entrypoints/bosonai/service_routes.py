@@ -81,12 +81,17 @@ def _add_health_routes(
     @app.head("/health", include_in_schema=False)
     @app.get("/health", response_class=JSONResponse, responses=_HEALTH_REPLIES)
     async def health(raw: Request) -> Response:
-        """200 when requests are served, 503 while loading and when the engine is gone."""
+        """200 when requests are served, 503 while loading and when the engine is gone.
+
+        An engine that is there and says nothing is degraded, and not healthy.
+        """
         state = host.state
+        is_healthy = state is HostState.READY and await host.engine.probe()
+        is_silent = state is HostState.READY and not is_healthy
         fields = {
-            "status": _HEALTH_STATUS[state],
+            "status": "degraded" if is_silent else _HEALTH_STATUS[state],
             "vllm_backend": str(raw.base_url).rstrip("/"),
-            "vllm_healthy": state is HostState.READY,
+            "vllm_healthy": is_healthy,
             "model": args.model_names[0],
             "mode": MODE,
             "stats": _counts(synthesizer),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Callable
 from itertools import count
 from typing import Generic, TypeVar
@@ -26,6 +27,8 @@ from vllm.v1.engine.speech_task import SpeechTask
 __all__ = ["AsyncLLM"]
 
 logger = get_logger(__name__)
+
+_SILENCE_LIMIT_S = 5.0
 
 VoicesT = TypeVar("VoicesT", bound=VoiceSource)
 
@@ -71,6 +74,7 @@ class AsyncLLM(Generic[VoicesT]):
         self._early_aborts: set[str] = set()  # aborted before the engine heard of them
         self._suffixes = count(1)
         self._stats = EngineStats()
+        self._asked_at: float | None = None  # monotonic; None: it has spoken since
         self._death: HiggsAudioError | None = None
         self._reader: asyncio.Task[None] | None = None
 
@@ -185,6 +189,20 @@ class AsyncLLM(Generic[VoicesT]):
         if self._processor is None:
             raise EngineDeadError("the engine is still starting")
 
+    async def probe(self) -> bool:
+        """Whether the engine goes on; False when it owes an answer for over five seconds.
+
+        Asks and does not wait, so that only a later call tells. A step that takes so long looks no
+        different from one that never ends.
+        """
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+            with contextlib.suppress(EngineDeadError):
+                await self._client.probe()
+            return True
+        return now - self._asked_at < _SILENCE_LIMIT_S
+
     async def wait_dead(self) -> None:
         """Return when the engine process is gone and every open request knows."""
         await self._client.wait_dead()
@@ -237,6 +255,7 @@ class AsyncLLM(Generic[VoicesT]):
         try:
             while True:
                 outputs = await self._client.get_outputs()
+                self._asked_at = None
                 if outputs.failure is not None:
                     raise EngineDeadError(outputs.failure)
                 self._stats = outputs.stats

@@ -132,6 +132,10 @@ class IpcClient:
     ) -> None:
         await self._send(EngineCoreCommand(abort=request_ids, abort_reason=reason))
 
+    async def probe(self) -> None:
+        """Ask for a message, which comes between two steps."""
+        await self._send(EngineCoreCommand(probe=True))
+
     async def get_outputs(self) -> EngineCoreOutputs:
         """The next message of the engine.
 

@@ -93,6 +93,8 @@ def _run(core: EngineCore, connection: _Connection) -> None:
             for request in command.add:
                 core.add_request(request)
             core.abort_requests(command.abort, command.abort_reason)
+            if command.probe:
+                connection.send(EngineCoreOutputs(stats=last_stats))
         if not core.has_work():
             continue
         outputs = core.step()

@@ -64,6 +64,7 @@ class EngineCoreCommand:
     add: tuple[EngineCoreRequest, ...] = ()
     abort: tuple[str, ...] = ()  # request ids; unknown ones are ignored
     abort_reason: FinishReason = FinishReason.ABORT
+    probe: bool = False  # wants a message in return, as a sign of life
     shutdown: bool = False
 
 
