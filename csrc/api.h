@@ -74,7 +74,7 @@ HAV_API void hav_embed_codes(hav_pool* pool, const float* table, int64_t width,
 // ---- Linear maps ------------------------------------------------------------------------------
 
 // Number formats of weights.
-#define HAV_FLOAT32 0
+#define HAV_FLOAT32 0   // numbers that are all bfloat16 are held in half the memory, as exactly
 #define HAV_BFLOAT16 1  // inputs are rounded to bfloat16 too
 #define HAV_INT8 2      // one scale per output; inputs become int8 with one scale per row
 #define HAV_INT4 3      // one scale per output and 32 inputs; inputs as for HAV_INT8

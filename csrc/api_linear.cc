@@ -27,6 +27,22 @@ bool is_valid(const hav::PlainWeights& plain) {
   return plain.format != hav::WeightFormat::kInt4 || plain.num_inputs % hav::kInt4GroupSize == 0;
 }
 
+// Whether the lower half of every number is zero, and no row ends amid a pair.
+bool is_short(const hav::PlainWeights& plain) {
+  if (plain.format != hav::WeightFormat::kFloat32 || plain.num_inputs % 2 != 0) return false;
+  for (int64_t row = 0; row < plain.num_outputs; ++row) {
+    const char* values = static_cast<const char*>(plain.values) + row * plain.stride;
+    uint32_t any = 0;
+    for (int64_t i = 0; i < plain.num_inputs; ++i) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, values + i * 4, sizeof bits);
+      any |= bits;
+    }
+    if ((any & 0xffffu) != 0) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 const hav::LinearWeights& hav::weights_of(const hav_linear* handle) { return handle->weights; }
@@ -35,14 +51,15 @@ hav_linear* hav_linear_create(hav_pool* pool, int32_t format, int64_t num_output
                               int64_t num_inputs, const void* values, int64_t value_stride,
                               const void* scales, int32_t is_gated) {
   if (format < HAV_FLOAT32 || format > HAV_INT4) return nullptr;
-  const hav::PlainWeights plain{static_cast<hav::WeightFormat>(format),
-                                num_outputs,
-                                num_inputs,
-                                values,
-                                value_stride,
-                                scales,
-                                is_gated != 0};
+  hav::PlainWeights plain{static_cast<hav::WeightFormat>(format),
+                          num_outputs,
+                          num_inputs,
+                          values,
+                          value_stride,
+                          scales,
+                          is_gated != 0};
   if (!is_valid(plain)) return nullptr;
+  if (is_short(plain)) plain.format = hav::WeightFormat::kShortFloat32;
   const hav::Kernels& kernels = hav::kernels();
   hav::LinearWeights weights = kernels.plan_linear(plain);
   hav::AlignedMemory memory = hav::AlignedMemory::of_zeros(weights.num_bytes);

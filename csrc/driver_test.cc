@@ -80,13 +80,16 @@ int integer_at(int64_t row, int64_t i, int largest) {
   return static_cast<int>((row * 7 + i * 13) % (2 * largest + 1)) - largest;
 }
 
-Matrix make_matrix(int32_t format, int64_t num_outputs, int64_t num_inputs, Numbers& numbers) {
+// `is_short`: of numbers that are bfloat16, whatever the format.
+Matrix make_matrix(int32_t format, int64_t num_outputs, int64_t num_inputs, Numbers& numbers,
+                   bool is_short = false) {
   Matrix matrix{format, num_outputs, num_inputs, {}, 0, {}, {}};
   for (int64_t row = 0; row < num_outputs; ++row) {
     const float scale = 0.01f + 0.001f * static_cast<float>(row % 5);
     if (format == HAV_INT8) append(matrix.scales, scale);
     for (int64_t i = 0; i < num_inputs; ++i) {
-      const float x = numbers.next();
+      const float drawn = numbers.next();
+      const float x = is_short ? of_bf16(truncated_to_bf16(drawn)) : drawn;
       if (format == HAV_FLOAT32) {
         append(matrix.values, x);
         matrix.meaning.push_back(x);
@@ -168,16 +171,19 @@ void check_product(const Matrix& matrix, bool is_gated, const Rows& rows, hav_po
 
 void check_products(hav_pool* pool) {
   Numbers numbers;
-  for (int32_t format : {HAV_FLOAT32, HAV_BFLOAT16, HAV_INT8, HAV_INT4}) {
-    for (int64_t num_inputs : {32, 96, 1056}) {
-      const int64_t width = format == HAV_INT4 ? num_inputs : num_inputs - 1;
-      const Matrix matrix = make_matrix(format, 74, width, numbers);
-      for (int64_t count : {1, 2, 3, 5, 8, 20, 65}) {
-        const Rows rows = make_rows(count, width);
-        check_product(matrix, false, rows, pool);
-        check_product(matrix, true, rows, pool);
-      }
+  const auto check = [&](const Matrix& matrix) {
+    for (int64_t count : {1, 2, 3, 5, 8, 20, 65}) {
+      const Rows rows = make_rows(count, matrix.num_inputs);
+      check_product(matrix, false, rows, pool);
+      check_product(matrix, true, rows, pool);
     }
+  };
+  for (int64_t num_inputs : {32, 96, 1056}) {
+    check(make_matrix(HAV_FLOAT32, 74, num_inputs - 1, numbers));
+    check(make_matrix(HAV_FLOAT32, 74, num_inputs, numbers, /*is_short=*/true));
+    check(make_matrix(HAV_BFLOAT16, 74, num_inputs - 1, numbers));
+    check(make_matrix(HAV_INT8, 74, num_inputs - 1, numbers));
+    check(make_matrix(HAV_INT4, 74, num_inputs, numbers));
   }
 }
 

@@ -21,9 +21,11 @@ constexpr int64_t round_up(int64_t size, int64_t quantum) {
   return (size + quantum - 1) / quantum * quantum;
 }
 
+// Of prepared rows.
 constexpr int64_t inputs_per_word(WeightFormat format) {
   switch (format) {
     case WeightFormat::kFloat32:
+    case WeightFormat::kShortFloat32:
       return 1;
     case WeightFormat::kBfloat16:
       return 2;
@@ -129,6 +131,7 @@ void prepare_row(const Preparation& to, int64_t row) {
   uint32_t* words = to.words + row * row_words(weights);
   switch (weights.format) {
     case WeightFormat::kFloat32:
+    case WeightFormat::kShortFloat32:
       return;
     case WeightFormat::kBfloat16:
       return row_to_bf16(x, width, reinterpret_cast<uint16_t*>(words));
@@ -156,7 +159,7 @@ PreparedRows prepare(ThreadPool* pool, const LinearWeights& weights, const Linea
                        reinterpret_cast<uint32_t*>(workspace + plan.words),
                        reinterpret_cast<float*>(workspace + plan.row_scales),
                        reinterpret_cast<int32_t*>(workspace + plan.group_sums)};
-  const bool is_float = weights.format == WeightFormat::kFloat32;
+  const bool is_float = inputs_per_word(weights.format) == 1;
   const bool is_as_given = is_float && input.norm_weight == nullptr;
   if (!is_as_given) {
     parallel_for(pool, num_rows, kGrainWords / weights.num_inputs, [&](int64_t begin, int64_t end) {
@@ -240,6 +243,8 @@ void multiply_in_its_format(ThreadPool* pool, const TileCall& call) {
   switch (call.weights.format) {
     case WeightFormat::kFloat32:
       return multiply<Float32Format>(pool, call);
+    case WeightFormat::kShortFloat32:
+      return multiply<ShortFloat32Format>(pool, call);
     case WeightFormat::kBfloat16:
       return multiply<Bfloat16Format>(pool, call);
     case WeightFormat::kInt8:

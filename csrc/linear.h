@@ -6,8 +6,10 @@
 //     panel 0: step 0 [2 * lanes words], step 1 [2 * lanes words], ...   panel 1: ...
 //
 // One word holds, of one column, 1 float32, 2 bfloat16 or 4 int8 inputs; int4 has 8 in a word, for
-// two steps. Every output is one chain of additions over the steps, from the first to the last,
-// whatever rows, columns and threads are computed beside it: so its bits are its own.
+// two steps. A float32 matrix whose numbers are all bfloat16, as most checkpoints are, is held as
+// such, with the bits of float32 products: a step is then two of theirs. Every output is one chain
+// of additions over the steps, from the first to the last, whatever rows, columns and threads are
+// computed beside it: so its bits are its own.
 #pragma once
 
 #include <cstddef>
@@ -20,8 +22,14 @@ namespace hav {
 
 struct Kernels;
 
-// The values are those of the C interface.
-enum class WeightFormat : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
+// The values are those of the C interface, but for the last, which kFloat32 becomes where it can.
+enum class WeightFormat : int32_t {
+  kFloat32 = 0,
+  kBfloat16 = 1,
+  kInt8 = 2,
+  kInt4 = 3,
+  kShortFloat32 = 4
+};
 
 constexpr int64_t kInt4GroupSize = 32;
 

@@ -14,6 +14,8 @@ int64_t steps_of(WeightFormat format, int64_t num_inputs) {
   switch (format) {
     case WeightFormat::kFloat32:
       return num_inputs;
+    case WeightFormat::kShortFloat32:
+      return num_inputs / 2;
     case WeightFormat::kBfloat16:
       return round_up(num_inputs, 2) / 2;
     case WeightFormat::kInt8:
@@ -57,6 +59,15 @@ void pack_words(const char* row, int64_t size, int64_t num_steps, uint32_t* to) 
   }
 }
 
+// Words of two floats each, of which only the upper halves hold anything.
+void pack_upper_halves(const char* row, int64_t num_steps, uint32_t* to) {
+  for (int64_t step = 0; step < num_steps; ++step) {
+    uint32_t both[2];
+    __builtin_memcpy(both, row + step * 8, sizeof both);
+    to[step * kPanelWords] = both[0] >> 16 | both[1];
+  }
+}
+
 int32_t correction_of(const int8_t* row, int64_t num_inputs) {
   int32_t total = 0;
   for (int64_t i = 0; i < num_inputs; ++i) total += row[i];
@@ -91,6 +102,8 @@ void pack_column(const PlainWeights& plain, const LinearWeights& packed, int64_t
   switch (packed.format) {
     case WeightFormat::kFloat32:
       return pack_words(values, packed.num_inputs * 4, steps, to);
+    case WeightFormat::kShortFloat32:
+      return pack_upper_halves(values, steps, to);
     case WeightFormat::kBfloat16:
       return pack_words(values, packed.num_inputs * 2, steps, to);
     case WeightFormat::kInt8: {

@@ -89,6 +89,55 @@ struct Float32Format {
   static HAV_INLINE F32 finish(const TileCall&, F32 sum, int64_t, int64_t) { return sum; }
 };
 
+// Weights that are bfloat16, by inputs that are float32: the additions are those of Float32Format.
+struct ShortFloat32Format {
+  using Sum = F32;
+  static constexpr int kMaxRows = Float32Format::kMaxRows;
+  static constexpr int64_t kLoadsPerStep = 1;
+
+  template <int kRows, int kPanels>
+  static HAV_INLINE void start(const TileCall& call, int64_t panel, int64_t row,
+                               F32 (&sums)[kRows][kPanels][2]) {
+    Float32Format::start(call, panel, row, sums);
+  }
+
+  template <int kRows, int kPanels>
+  static HAV_INLINE void add_steps(const TileCall& call, int64_t panel, int64_t row,
+                                   const Segment& segment, F32 (&sums)[kRows][kPanels][2]) {
+    const int64_t panel_stride = call.weights.num_steps * kPanelWords;
+    const uint32_t* weights = call.weights.panels + panel * panel_stride;
+    const float* inputs = reinterpret_cast<const float*>(call.rows.words) + row * call.rows.stride;
+    for (int64_t step = segment.first; step < segment.last; ++step) {
+      segment.fetch(step - segment.first);
+      F32 even[kPanels][2], odd[kPanels][2];
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          const uint32_t* from = weights + p * panel_stride + step * kPanelWords;
+          const I32 both = load_words(from + v * I32::kLanes);
+          even[p][v] = even_bf16(both);
+          odd[p][v] = odd_bf16(both);
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const float* x = inputs + r * call.rows.stride + 2 * step;
+        const F32 first = splat(x[0]), second = splat(x[1]);
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) {
+#pragma GCC unroll 2
+          for (int v = 0; v < 2; ++v) {
+            sums[r][p][v] = fma(odd[p][v], second, fma(even[p][v], first, sums[r][p][v]));
+          }
+        }
+      }
+    }
+  }
+
+  static HAV_INLINE F32 finish(const TileCall&, F32 sum, int64_t, int64_t) { return sum; }
+};
+
 // A step of bfloat16 and int8 alike: words of weights and of inputs, and a product of the two.
 template <typename Format, typename Sum, int kRows, int kPanels>
 HAV_INLINE void add_word_steps(const TileCall& call, int64_t panel, int64_t row,

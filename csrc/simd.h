@@ -4,6 +4,7 @@
 //   F32            kLanes floats; + - * / work lane by lane
 //   I32            kLanes 32-bit integers; + and -
 //   fma(a, b, c)   a * b + c, rounded once where the processor can, in the same way every time
+//   even_bf16, odd_bf16   the first, or second, of the two bfloat16s in each 32-bit lane
 //   dot2_bf16, dot4_s8, dot4_u4   sum plus, in each 32-bit lane, the products of its two bfloat16s,
 //                  four signed bytes, or four unsigned nibbles (a byte each) with signed bytes
 //   sum, max_of    over the lanes, always in the same order

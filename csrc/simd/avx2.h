@@ -106,14 +106,13 @@ HAV_INLINE I32 splat_word(const uint32_t* p) {
   __builtin_memcpy(&word, p, sizeof word);
   return splat_i32(word);
 }
-HAV_INLINE F32 dot2_bf16(F32 sum, I32 weights, I32 inputs) {
+HAV_INLINE F32 even_bf16(I32 a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(a.v, 16))}; }
+HAV_INLINE F32 odd_bf16(I32 a) {
   const __m256i high = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u));
-  const __m256 even_weights = _mm256_castsi256_ps(_mm256_slli_epi32(weights.v, 16));
-  const __m256 even_inputs = _mm256_castsi256_ps(_mm256_slli_epi32(inputs.v, 16));
-  const __m256 odd_weights = _mm256_castsi256_ps(_mm256_and_si256(weights.v, high));
-  const __m256 odd_inputs = _mm256_castsi256_ps(_mm256_and_si256(inputs.v, high));
-  const __m256 even = _mm256_fmadd_ps(even_weights, even_inputs, sum.v);
-  return {_mm256_fmadd_ps(odd_weights, odd_inputs, even)};
+  return {_mm256_castsi256_ps(_mm256_and_si256(a.v, high))};
+}
+HAV_INLINE F32 dot2_bf16(F32 sum, I32 weights, I32 inputs) {
+  return fma(odd_bf16(weights), odd_bf16(inputs), fma(even_bf16(weights), even_bf16(inputs), sum));
 }
 constexpr int kInt8InputOffset = 0;
 // By pairs of 16-bit products: adding 8-bit products in 16 bits would overflow.

@@ -86,6 +86,11 @@ HAV_INLINE I32 splat_word(const uint32_t* p) {
   __builtin_memcpy(&word, p, sizeof word);
   return splat_i32(word);
 }
+HAV_INLINE F32 even_bf16(I32 a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
+HAV_INLINE F32 odd_bf16(I32 a) {
+  const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
+  return {_mm512_castsi512_ps(_mm512_and_si512(a.v, high))};
+}
 HAV_INLINE F32 dot2_bf16(F32 sum, I32 weights, I32 inputs) {
   return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(weights.v),
                            reinterpret_cast<__m512bh>(inputs.v))};

@@ -183,10 +183,32 @@ def test_largest_products_do_not_saturate(weight_format: WeightFormat) -> None:
         torch.testing.assert_close(actual, torch.full((2, 17), -4096 * sign))
 
 
+@settings(deadline=None, max_examples=60)
+@given(shape=shapes, is_gated=st.booleans(), num_threads=st.integers(1, 3))
+def test_float32_numbers_that_are_bfloat16_change_no_bit(
+    shape: dict[str, int], is_gated: bool, num_threads: int
+) -> None:
+    x, plain = draw_operands({**shape, "num_inputs": 2 * shape["num_inputs"]})
+    short = plain.bfloat16().float()
+    long = torch.cat([short, torch.full((1, short.shape[1]), 1 / 3)])  # is held as it is
+    norm = InputNorm(torch.rand(x.shape[1]) + 0.5, 1e-5)
+    if is_gated:
+        short, long = torch.cat([short, short.flip(0)]), torch.cat([long, short.flip(0), long[-1:]])
+    short, long = PackedMatrix(short, is_gated=is_gated), PackedMatrix(long, is_gated=is_gated)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        assert torch.equal(short(x), long(x)[:, :-1])
+        assert torch.equal(short(x, norm=norm), long(x, norm=norm)[:, :-1])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_bytes_of_a_product() -> None:
     weight = torch.randn(256, 512)
     num_bytes = {f: PackedMatrix(in_format(weight, f)).num_bytes for f in FORMATS}
     assert num_bytes[WeightFormat.FLOAT32] == 256 * 512 * 4
     assert num_bytes[WeightFormat.BFLOAT16] == 256 * 512 * 2
+    assert PackedMatrix(weight.bfloat16().float()).num_bytes == 256 * 512 * 2
     assert num_bytes[WeightFormat.INT8] == 256 * (512 + 4 + 4)
     assert num_bytes[WeightFormat.INT4] == 256 * (512 // 2 + 512 // 32 * 2)
