@@ -187,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--num-processes", type=int, default=os.cpu_count(), help="judges that work side by side"
     )
+    parser.add_argument("--dtype", default="auto", help="of the language model's weights")
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-k", type=int)
     parser.add_argument(
@@ -251,6 +252,7 @@ def _takes_of(
         audio_tokenizer=args.model / "codec",
         voices_dir=args.model / "voices",
         device="cpu",
+        dtype=args.dtype,
     )
     figures = {"size MB": _size_mb(args.model), "load s": time.perf_counter() - began}
     if args.num_single:
