@@ -86,10 +86,10 @@ def _add_health_routes(
         An engine that is there and says nothing is degraded, and not healthy.
         """
         state = host.state
-        is_healthy = state is HostState.READY and await host.engine.probe()
-        is_silent = state is HostState.READY and not is_healthy
+        is_ready = state is HostState.READY
+        is_healthy = is_ready and await host.engine.probe()
         fields = {
-            "status": "degraded" if is_silent else _HEALTH_STATUS[state],
+            "status": "degraded" if is_ready and not is_healthy else _HEALTH_STATUS[state],
             "vllm_backend": str(raw.base_url).rstrip("/"),
             "vllm_healthy": is_healthy,
             "model": args.model_names[0],

@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ServingChat", "add_chat_routes"]
 
-
 # field of the speech route -> where a chat has it
 _CHAT_FIELDS = {
     "input": "messages",

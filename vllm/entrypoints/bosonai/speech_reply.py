@@ -44,7 +44,6 @@ __all__ = [
     "summary",
 ]
 
-
 # known before the first byte, so on every reply
 START_HEADERS = ("X-Seed", "X-Voice", "X-Sample-Rate", "X-Channels", "X-Bit-Depth")
 # the voice that was asked for, where another had to speak

@@ -126,12 +126,7 @@ def to_response(error: Exception, *, validation_status: int = 400) -> JSONRespon
 def log_early_end(error: HiggsAudioError, request_id: str | None = None) -> None:
     """Log that a reply ended before its time: as an error, unless the client was the reason."""
     level = logging.ERROR if error.http_status >= 500 else logging.INFO
-    logger.log(
-        level,
-        "reply ended early: %s",
-        error,
-        extra={"request_id": request_id} if request_id else None,
-    )
+    logger.log(level, "reply ended early: %s", error, extra={"request_id": request_id})
 
 
 def install_error_handlers(app: FastAPI) -> None:
